@@ -7,7 +7,6 @@ import random
 import threading
 import time
 from collections import Counter
-from types import TracebackType
 
 import zmq
 
@@ -115,12 +114,7 @@ class Proxy:
         assert self._ready.wait(10), "the proxy does not listen"
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop_asked = True
         self._thread.join()
         self._context.term()

@@ -7,7 +7,6 @@ there is nothing to tidy up.
 
 import subprocess
 from itertools import count
-from types import TracebackType
 from typing import Self
 
 PREFIX = "10.77.0."
@@ -92,12 +91,7 @@ class Switch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

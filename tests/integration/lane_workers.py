@@ -12,8 +12,12 @@ from tests.support.processes import Worker
 from tests.support.waiting import wait_until
 
 TTL_S = 1.5
-# Each checkin is a move, whoever comes next.
-EAGER = {"time_slice": 0, "threads": True}
+
+
+def eager(dsn: str, address: str, name: str, *, max_conn: int) -> dict[str, Any]:
+    """Return the settings of a worker whose every checkin is a move, whoever comes next."""
+    shared = {"dsn": dsn, "broker": address, "name": name, "max_conn": max_conn}
+    return {**shared, "time_slice": 0, "threads": True}
 
 
 def hammer(worker: Worker, stop: Path, threads: int = 1) -> None:

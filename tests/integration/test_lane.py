@@ -4,7 +4,6 @@ left of their sessions."""
 import dataclasses
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +15,8 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.board import PLACES
 from sharedpool.worker.connection import handover
 from tests.integration.lane_workers import (
-    EAGER,
     at_work,
+    eager,
     handovers,
     let_move,
     total,
@@ -48,13 +47,7 @@ def test_connections_move_past_the_broker(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
     """Threads of one process are among those that share them."""
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 2,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=2)
     with (
         workers(3, **settings) as crew,
         BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
@@ -84,13 +77,7 @@ def test_more_threads_than_wait_sockets_take_turns_and_cost_no_connect(
     list.
     """
     threads = PLACES + 32
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 4,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=4)
     with (
         workers(2, **settings) as crew,
         at_work(crew, tmp_path / "stop", threads=threads) as outcomes,
@@ -132,13 +119,7 @@ def test_a_worker_that_is_invited_before_its_welcome_joins(pair: MakePair) -> No
 def test_the_first_thread_is_served_first_over_all_processes(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     with workers(5, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, *others = crew
@@ -155,13 +136,7 @@ def test_the_first_thread_is_served_first_over_all_processes(
 def test_nothing_of_the_givers_session_is_left(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         a, b = crew
@@ -181,7 +156,7 @@ def test_nobody_is_let_into_a_lane_in_which_nothing_could_move(
 ) -> None:
     """It costs each process some descriptors. (For TLS see `test_tls_endpoint.py`.)"""
     address, dsn = f"ipc://{runtime_dir}/b.sock", postgres.dsn
-    settings = {"dsn": dsn, "broker": address, "name": name, "max_conn": 1, **EAGER}
+    settings = eager(dsn, address, name, max_conn=1)
     if why == "no hand-over":
         settings["handover"] = "off"
     with (
@@ -200,13 +175,7 @@ def test_nobody_is_let_into_a_lane_in_which_nothing_could_move(
 def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str
 ) -> None:
-    settings: dict[str, Any] = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     with workers(2, **settings) as crew, Worker(**settings, handover="off") as aside:
         holder, waiter = crew
         holder.ask("get", name="it", timeout=5)
@@ -221,13 +190,7 @@ def test_nothing_is_kept_for_who_will_not_be_in_the_lane(
 def test_a_pool_that_nobody_uses_any_more_keeps_no_connection(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)  # it lies on the shelf now
     wait_until(

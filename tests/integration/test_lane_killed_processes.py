@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ import sharedpool
 from sharedpool.lane.lane import SUPPORTED
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection import handover
-from tests.integration.lane_workers import EAGER, TTL_S, at_work, hammer, wait_for_moves
+from tests.integration.lane_workers import TTL_S, at_work, eager, hammer, wait_for_moves
 from tests.support.processes import LONG, BackendSampler, Worker, workers
 from tests.support.stepping import GIVING, TAKING
 from tests.support.waiting import wait_until
@@ -55,13 +54,7 @@ def is_stopped(worker: Worker) -> bool:
 def test_a_process_that_is_killed_in_the_middle_of_a_move_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
-    settings: dict[str, Any] = {
-        "dsn": postgres.dsn,
-        "broker": impatient.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, impatient.address, name, max_conn=1)
     with (
         workers(2, **settings) as crew,
         BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
@@ -85,13 +78,7 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
 ) -> None:
     """The others wait for its TTL at most, and a little more; what it was taken away it does not
     use again."""
-    settings: dict[str, Any] = {
-        "dsn": postgres.dsn,
-        "broker": impatient.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, impatient.address, name, max_conn=1)
     with (
         workers(2, **settings) as crew,
         Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,
@@ -117,13 +104,7 @@ def test_a_process_that_is_stopped_in_the_middle_of_a_move_costs_no_slot_and_goe
 def test_a_process_that_is_killed_while_it_is_stopped_costs_no_slot(
     impatient: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, step: str
 ) -> None:
-    settings: dict[str, Any] = {
-        "dsn": postgres.dsn,
-        "broker": impatient.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, impatient.address, name, max_conn=1)
     with (
         workers(2, **settings) as crew,
         Stepping(at=step, number=signal.SIGSTOP, **settings) as victim,

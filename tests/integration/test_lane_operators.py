@@ -13,7 +13,7 @@ from sharedpool.cli import main
 from sharedpool.lane.lane import SUPPORTED
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection import handover
-from tests.integration.lane_workers import EAGER, at_work, wait_for_moves
+from tests.integration.lane_workers import at_work, eager, wait_for_moves
 from tests.support.pool_pair import report
 from tests.support.processes import BackendSampler, workers
 from tests.support.waiting import wait_until
@@ -30,13 +30,7 @@ def test_operators_are_told_and_obeyed_while_connections_move(
     name: str,
     tmp_path: Path,
 ) -> None:
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 2,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=2)
 
     def say(*words: str) -> str:
         """Run a command here: there are many, and to start a process costs most."""
@@ -99,13 +93,7 @@ def test_a_checkout_that_lasts_too_long_is_found_while_others_move(
 ) -> None:
     """It is one checkout; those of the others are short, whatever the name of the
     lease that moves."""
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 2,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=2)
     with (
         workers(4, **settings, max_checkout=0.5) as crew,
         at_work(crew[1:], tmp_path / "stop") as outcomes,

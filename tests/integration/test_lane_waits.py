@@ -5,7 +5,6 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,7 @@ import sharedpool
 from sharedpool.lane.lane import SUPPORTED
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection import handover
-from tests.integration.lane_workers import EAGER, let_move, wait_for_waiters
+from tests.integration.lane_workers import eager, let_move, wait_for_waiters
 from tests.support.processes import Worker, workers
 
 pytestmark = pytest.mark.skipif(
@@ -24,13 +23,7 @@ pytestmark = pytest.mark.skipif(
 def test_a_thread_that_waits_in_vain_is_told_in_time_who_holds_what(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, waiter = crew
@@ -67,7 +60,7 @@ def test_a_thread_that_waits_in_vain_without_the_broker_is_told_how_long_it_was(
 ) -> None:
     """A thread that waited in the lane asks the broker only when its time is over."""
     address = f"ipc://{runtime_dir}/b.sock"
-    settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 1, **EAGER}
+    settings = eager(postgres.dsn, address, name, max_conn=1)
     with (
         sharedpool.start_broker(60, address=address, dsn=postgres.dsn) as broker,
         workers(2, **settings) as crew,
@@ -94,13 +87,7 @@ def test_a_late_request_is_given_the_connection_on_the_shelf_at_once(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
 ) -> None:
     """A process outside the lane, and a thread that does not wait, ask the broker."""
-    settings: dict[str, Any] = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     opened: list[int] = []
     with workers(2, **settings) as crew:
         # A process that is not in the lane within a second, on a very busy machine, is not waited
@@ -119,13 +106,7 @@ def test_a_late_request_is_given_the_connection_on_the_shelf_at_once(
 def test_a_wait_in_the_lane_is_over_by_its_deadline(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path, wait_s: float
 ) -> None:
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, waiter = crew
@@ -139,13 +120,7 @@ def test_a_wait_in_the_lane_is_over_by_its_deadline(
 def test_release_all_wakes_who_waits(
     broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str, tmp_path: Path
 ) -> None:
-    settings = {
-        "dsn": postgres.dsn,
-        "broker": broker.address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, broker.address, name, max_conn=1)
     with workers(2, **settings) as crew:
         let_move(crew, broker, name, tmp_path)
         holder, waiter = crew

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,9 +12,9 @@ from sharedpool.lane.lane import SUPPORTED
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.worker.connection import handover
 from tests.integration.lane_workers import (
-    EAGER,
     TTL_S,
     at_work,
+    eager,
     let_move,
     total,
     wait_for_moves,
@@ -35,7 +34,7 @@ def test_connections_move_while_there_is_no_broker_and_the_next_one_finds_them(
     former one died."""
     address = f"ipc://{runtime_dir}/b.sock"
     first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=TTL_S)
-    settings = {"dsn": postgres.dsn, "broker": address, "name": name, "max_conn": 2, **EAGER}
+    settings = eager(postgres.dsn, address, name, max_conn=2)
     with (
         workers(4, **settings) as crew,
         BackendSampler(postgres.dsn, f"sharedpool {name} [%") as sampler,
@@ -71,13 +70,7 @@ def test_slots_lost_with_a_broker_are_back_as_soon_as_all_members_have_reported(
     lane alone."""
     address, ttl_s = f"ipc://{runtime_dir}/b.sock", 20.0
     first = sharedpool.start_broker(60, address=address, dsn=postgres.dsn, ttl=ttl_s)
-    settings: dict[str, Any] = {
-        "dsn": postgres.dsn,
-        "broker": address,
-        "name": name,
-        "max_conn": 1,
-        **EAGER,
-    }
+    settings = eager(postgres.dsn, address, name, max_conn=1)
     with workers(2, **settings) as crew, Worker(**settings) as receiver:
         let_move([*crew, receiver], first, name, tmp_path)
         holder, other = crew
