@@ -107,6 +107,8 @@ def test_a_fleet_whose_role_may_not_connect_any_more_says_so_and_comes_back(
             wait_until(
                 lambda: fetch_report(address).leases == 0, what="the connections to be missed"
             )
+            for worker in crew:  # an idle one that has just ended would be lent once more
+                wait_until(lambda w=worker: w.ask("stats")["idle"] == 0)
             before = server.log_path.stat().st_size
             told = insist(crew)
             connects = len(refusal.findall(server.log_path.read_text()[before:]))

@@ -216,7 +216,9 @@ class BackendSampler(threading.Thread):
 
     def run(self) -> None:
         with self._conn.cursor() as cursor:
-            while not self._stop_asked.is_set():
+            over = False
+            while not over:
+                over = self._stop_asked.is_set()  # one look in any case
                 cursor.execute(
                     "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s",
                     [self._pattern],
