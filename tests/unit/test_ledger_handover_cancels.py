@@ -19,7 +19,7 @@ def test_a_connection_that_must_not_go_on_is_ended(broker: Broker, desk: Desk, w
     token = a.lend() if why == "not in custody" else desk.lend(a)
     if why == "a cancel under way":
         broker.send(a.id, CancelQuery(token))
-        assert broker.all(CancelBackend) == [CancelBackend(token, a.backend(token))]
+        assert broker.all(CancelBackend) == [CancelBackend("p", token, a.backend(token))]
     if why == "an older generation":
         desk.generation = 0
     desk.ask(b)
@@ -77,6 +77,23 @@ def test_while_a_trials_cancel_is_under_way_it_may_go_on(broker: Broker, desk: D
     desk.ask(b)
     desk.give(a, token)
     assert len(desk.passed()) == 1
+
+
+def test_a_trial_counts_though_its_connection_was_passed_on_meanwhile(
+    broker: Broker, desk: Desk
+) -> None:
+    a, b = (broker.worker(name, max_conn=1) for name in "ab")
+    token = desk.lend(a)
+    for giver, taker in ((a, b), (b, a), (a, b)):
+        desk.ask(taker)
+        desk.give(giver, token)
+        token = desk.passed()[-1][1].token
+        if giver is b:  # the outcome comes only now
+            (order,) = broker.all(CancelBackend)
+            broker.take_in(broker.ledger.control.query_cancelled(order, True, broker.now))
+        elif not broker.all(CancelBackend):
+            broker.send(b.id, CancelQuery(token, trial=True))
+    assert [passed_with(moved).trial for _, moved in desk.passed()] == [True, True, False]
 
 
 def test_a_users_cancel_is_no_trial(broker: Broker, desk: Desk) -> None:

@@ -181,9 +181,10 @@ class CloseLane(msgspec.Struct, frozen=True):
 class CancelBackend(msgspec.Struct, frozen=True):
     """Cancel a backend's query, then tell `ControlEvents.query_cancelled`.
 
-    `trial`: to test whether that works.
+    `trial`: to test whether that works in the pool.
     """
 
+    pool: str
     token: Token
     backend: Backend
     trial: bool = False

@@ -284,7 +284,7 @@ class Handover:
         lease = session.leases.get(interrupt.token)
         if lease is not None and lease.backend is not None and lease.live is None:
             lease.cancels += not interrupt.trial
-            self._emit(CancelBackend(lease.token, lease.backend, interrupt.trial))
+            self._emit(CancelBackend(lease.pool.name, lease.token, lease.backend, interrupt.trial))
 
     def query_cancelled(self, order: CancelBackend, sent: bool | None, now: float) -> Pool | None:
         """Handle the outcome of a cancel.
@@ -295,12 +295,12 @@ class Handover:
         A test that fails for lack of rights stops the hand-over in its pool: no query could be
         cancelled on a connection that has moved. Return the pool for which that was found just now.
         """
-        lease = self._slots.leases.get(order.token)
-        if lease is None:
-            return None
-        pool = lease.pool
         if not order.trial:
-            lease.cancels -= 1
+            if (lease := self._slots.leases.get(order.token)) is not None:
+                lease.cancels -= 1
+            return None
+        # By name: the connection may have been passed on since, under another token.
+        if (pool := self._slots.pools.get(order.pool)) is None:
             return None
         if sent is None:  # perhaps the control connection is away: not every caller is to wait
             pool.try_at = now + TRY_AGAIN_S
