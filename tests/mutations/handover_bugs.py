@@ -174,6 +174,29 @@ HANDOVER_BUGS = (
         ("tests/unit/test_mover.py", "-k", "when_its_reset_is_done"),
     ),
     Mutant(
+        "a trial's outcome is lost with its connection's token",
+        (
+            (
+                "sharedpool/broker/core/handover.py",
+                "if (pool := self._slots.pools.get(order.pool)) is None:",
+                "pool = self._slots.pools.get(order.pool)\n"
+                "        if pool is None or order.token not in self._slots.leases:",
+            ),
+        ),
+        ("tests/unit/test_ledger_handover_cancels.py", "-k", "passed_on_meanwhile"),
+    ),
+    Mutant(
+        "a child that nobody saw gives its parent's connection to those who wait",
+        (
+            (
+                "sharedpool/worker/pool.py",
+                "local = self._own_local()\n                if local.cache is not cache:",
+                "local = self._local\n                if local.cache is not cache:",
+            ),
+        ),
+        ("tests/integration/test_blind_forks.py", "-k", "clean_connection"),
+    ),
+    Mutant(
         "what moves may leave half a message behind",
         (
             (
