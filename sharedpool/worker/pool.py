@@ -260,10 +260,7 @@ class Pool:
                         return
             except AttributeError:
                 laid = False  # not checked out, or no pool's at all: `_claim` raises
-            if laid:
-                local = self._own_local()
-                if local.cache is not cache:
-                    claims.own(local, conn)  # raises: it is the parent's
+            if laid and (local := self._own_local()).cache is cache:  # else it is the parent's
                 local.after_fast_checkin(lease, now)
                 return
         local = self._own_local()

@@ -158,17 +158,24 @@ def test_a_child_that_leaves_its_parents_block_neither_commits_nor_rolls_back(
     run(script, postgres, broker)
 
 
-@pytest.mark.parametrize("wanted", [False, True], ids=["nobody wants it", "others wait"])
+@pytest.mark.parametrize(
+    ("wanted", "put"),
+    [
+        (0, "pool.put_conn(idle)"),
+        (1, 'assert "belongs to process" in raises(sharedpool.PoolError, pool.put_conn, idle)'),
+        (1, "pool.put_conn(idle, fail_silently=True)"),
+    ],
+    ids=["nobody wants it", "others wait", "others wait, silently"],
+)
 def test_a_child_that_puts_back_its_parents_clean_connection_does_not_lend_it(
-    wanted: bool, postgres: EphemeralPostgres, broker: sharedpool.Broker
+    wanted: int, put: str, postgres: EphemeralPostgres, broker: sharedpool.Broker
 ) -> None:
     """The fast path of `put_conn` does not see the fork, and need not."""
-    put = 'assert "belongs to process" in raises(sharedpool.PoolError, pool.put_conn, idle)'
     child = f"""
     parents = pool._local.cache
-    parents.returns_due, parents.moving_flag = {int(wanted)}, [{int(wanted)}]
+    parents.returns_due, parents.moving_flag = {wanted}, [{wanted}]
     parents.next_scavenge_at = float("inf")
-    {put if wanted else "pool.put_conn(idle)"}
+    {put}
     assert len(parents.idle) == 1, "not the fast path"
     conn = pool.get_conn(timeout=10)
     assert pool._local.cache is not parents

@@ -190,8 +190,8 @@ HANDOVER_BUGS = (
         (
             (
                 "sharedpool/worker/pool.py",
-                "local = self._own_local()\n                if local.cache is not cache:",
-                "local = self._local\n                if local.cache is not cache:",
+                "laid and (local := self._own_local()).cache is cache:",
+                "laid and (local := self._local).cache is cache:",
             ),
         ),
         ("tests/integration/test_blind_forks.py", "-k", "clean_connection"),
