@@ -42,8 +42,8 @@ class Pool:
     """Base class of both pools. Use `config_pool` to make one."""
 
     _one_thread = False
-    # The fast path's flag, `ForkSafeFlag.page`, and the cache that the fast path may use. Shut and
-    # None until `_allow_fast_path`.
+    # The fast path's flag, `ForkSafeFlag.page`, and its cache. Shut and None before
+    # `_allow_fast_path`.
     _fast_path: Any = b"\0"
     _cache: Cache | None = None
 
@@ -214,11 +214,9 @@ class Pool:
         the pool is disposed of (the connection is closed all the same); `fail_silently` swallows
         both. An exception of `reset` is raised here.
         """
-        # The fast path, as in `get_conn`. Its flag is read only before others get the connection.
-        # A pool that was disposed of has taken the lease off, one that was replaced closes what is
-        # laid idle, and where a callback has to run there is no `_cache`. A forked child has a
-        # cache of its own, except after a fork that Python did not see. There it lays its parent's
-        # connection idle in a copy of its parent's cache, from which nobody takes.
+        # The fast path, as in `get_conn`, but its flag is read only before others get a connection:
+        # a disposed pool has taken the lease off, one with a callback has no `_cache`, and a child
+        # of a fork unseen lays it idle in a copy of its parent's cache, from which nobody takes.
         # 1. The connection is this pool's, was out for a moment only, and is clean.
         # 2. `del` takes the lease off it. Of two threads that put it back one gets an error.
         # 3. It goes to the lane if others wait there; else it is laid idle.
