@@ -83,17 +83,15 @@ def test_pools_of_one_name_in_several_databases_have_one_broker_and_a_limit_each
             *(f"default/{name}" for name in TENANTS[1:]),
         ]
         assert [pool.leases for pool in report.pools] == [1] * len(TENANTS)
+        (tag,) = {conn.info.parameter_status("application_name") for conn in held}
+        assert tag is not None
+        assert tag.startswith("sharedpool default [")
         with server_connection.cursor() as cursor:
             cursor.execute(
-                "SELECT datname, application_name FROM pg_stat_activity WHERE application_name "
-                "LIKE 'sharedpool %%' AND application_name NOT LIKE 'sharedpool broker%%'"
-                " AND datname = ANY(%s) ORDER BY datname",
-                [TENANTS],
+                "SELECT datname FROM pg_stat_activity WHERE application_name = %s ORDER BY datname",
+                [tag],
             )
-            rows = cursor.fetchall()
-        assert [datname for datname, _ in rows] == TENANTS
-        assert len({tag for _, tag in rows}) == 1
-        assert rows[0][1].startswith("sharedpool default [")
+            assert [datname for (datname,) in cursor.fetchall()] == TENANTS
         for pool, conn in zip(pools, held, strict=True):
             pool.put_conn(conn)
 
