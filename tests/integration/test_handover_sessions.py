@@ -3,6 +3,7 @@ be reset is closed."""
 
 import subprocess
 import sys
+from typing import Any
 
 import psycopg2
 import psycopg2.extras
@@ -141,8 +142,9 @@ def test_a_connection_whose_encoding_has_changed_does_not_move(pair: MakePair) -
     assert (got.encoding, ask(got, "SELECT %s", "ä")) == ("UTF8", "ä")
 
 
-def test_with_reset_rollback_settings_move_along_but_no_listening(pair: MakePair) -> None:
-    a, b = pair(reset="rollback")
+@pytest.mark.parametrize("reset", ["rollback", lambda conn: None], ids=["rollback", "a function"])
+def test_without_discard_settings_move_along_but_no_listening(pair: MakePair, reset: Any) -> None:
+    a, b = pair(reset=reset)
 
     def use(conn: extensions.connection) -> None:
         conn.cursor().execute("SET statement_timeout TO '9s'; LISTEN news")
