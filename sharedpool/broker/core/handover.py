@@ -275,7 +275,7 @@ class Handover:
 
     # --- cancels
 
-    def cancel_query(self, session: Session, interrupt: CancelQuery) -> None:
+    def cancel_query(self, session: Session, interrupt: CancelQuery, now: float) -> None:
         """Have the query of a lease's connection cancelled.
 
         Until that is done the connection is not passed on: the cancel could hit its next user. A
@@ -284,6 +284,8 @@ class Handover:
         lease = session.leases.get(interrupt.token)
         if lease is not None and lease.backend is not None and lease.live is None:
             lease.cancels += not interrupt.trial
+            if interrupt.trial:  # its outcome may come after the connection was passed on
+                lease.pool.try_at = now + TRY_AGAIN_S
             self._emit(CancelBackend(lease.pool.name, lease.token, lease.backend, interrupt.trial))
 
     def query_cancelled(self, order: CancelBackend, sent: bool | None, now: float) -> Pool | None:

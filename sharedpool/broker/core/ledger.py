@@ -241,7 +241,7 @@ class Ledger:
             case Withdraw():
                 self._requests.withdraw(session, message)
             case CancelQuery():
-                self._handover.cancel_query(session, message)
+                self._handover.cancel_query(session, message, now)
             case FailoverSign():
                 self._failover.failover_sign(session, message)
             case Bye():
