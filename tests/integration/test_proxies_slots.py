@@ -1,6 +1,7 @@
 """Through a proxy, whose end of a connection is not the backend's end: when a slot is free
 again."""
 
+import contextlib
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.support import proxies
 from tests.support.fixture_types import Backends, MakePool
 from tests.support.processes import BackendSampler, Worker
+from tests.support.running_query import Query
 from tests.support.waiting import wait_until
 
 BACK_S = 0.1  # after a backend's end its slot is to be had again
@@ -127,46 +129,51 @@ def _queries(server: EphemeralPostgres, query: str) -> bool:
 def test_a_session_that_the_proxy_ends_in_a_query_keeps_its_slot_as_long_as_the_query(
     postgres: EphemeralPostgres, runtime_dir: Path, make_pool: MakePool, backends: Backends
 ) -> None:
+    orders = runtime_dir / "haproxy"
     with (
-        proxies.haproxy(postgres, silence_s=0.5) as dsn,
+        proxies.haproxy(postgres, orders=orders) as dsn,
         sharedpool.start_broker(1, dsn=postgres.dsn) as broker,
     ):
         pool = make_pool(broker=broker.address, dsn=dsn, max_conn=1)
         conn = pool.get_conn(timeout=10)
-        with pytest.raises(psycopg2.OperationalError), conn.cursor() as cursor:
-            cursor.execute("SELECT pg_sleep(60)")
+        query = Query(conn)
+        wait_until(lambda: _queries(postgres, "SELECT pg_sleep(60)"), what="the query to run")
+        proxies.shut_down_sessions(orders)
+        assert isinstance(query.end(), psycopg2.OperationalError)
         pool.put_conn(conn)
         pool.put_conn(pool.get_conn(timeout=10))
         assert len(backends(pool)) == 1
 
 
-def test_a_control_connection_that_the_proxy_ends_when_it_is_silent_is_made_anew(
-    runtime_dir: Path,
-) -> None:
+def test_a_control_connection_that_the_proxy_ends_is_made_anew(runtime_dir: Path) -> None:
+    orders = runtime_dir / "haproxy"
     with (
         EphemeralPostgres() as server,
-        proxies.haproxy(server, silence_s=0.3) as dsn,
+        proxies.haproxy(server, orders=orders) as dsn,
         sharedpool.start_broker(1, dsn=dsn) as broker,
         Worker(broker=broker.address, dsn=dsn, max_conn=1) as worker,
     ):
-        observer = psycopg2.connect(server.dsn)
-        observer.autocommit = True
-
-        def controls() -> int:
-            with observer.cursor() as cursor:
-                cursor.execute(
-                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sharedpool "
-                    "broker'"
-                )
-                (found,) = cursor.fetchone() or (0,)
-                return int(found)
-
         for _ in range(3):
-            wait_until(lambda: controls() == 0, what="the proxy to end the control connection")
+            _end_controls(server, orders)
             assert "backend" in worker.ask("get", name="c", timeout=10)
             worker.ask("put", name="c", close=True)
             wait_until(lambda: fetch_report(broker.address).leases == 0, what="the slot to be free")
-        observer.close()
+            assert _controls(server)
+
+
+def _end_controls(server: EphemeralPostgres, orders: Path) -> None:
+    former = _controls(server)
+    assert former
+    proxies.shut_down_sessions(orders)
+    wait_until(lambda: not former & _controls(server), what="the control connection's end")
+
+
+def _controls(server: EphemeralPostgres) -> set[int]:
+    """Return the backends of the broker's control connections."""
+    query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'sharedpool broker'"
+    with contextlib.closing(psycopg2.connect(server.dsn)) as conn, conn.cursor() as cursor:
+        cursor.execute(query)
+        return {pid for (pid,) in cursor}
 
 
 def test_without_a_control_connection_the_slot_stays_counted_and_that_is_said(

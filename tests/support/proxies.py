@@ -30,10 +30,17 @@ _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes
 
 
 @contextmanager
-def haproxy(server: EphemeralPostgres, *, silence_s: float = 60.0) -> Iterator[str]:
-    """HAProxy, which closes both sides after `silence_s` without traffic, even during a query."""
+def haproxy(
+    server: EphemeralPostgres, *, silence_s: float = 60.0, orders: Path | None = None
+) -> Iterator[str]:
+    """HAProxy, which closes both sides after `silence_s` without traffic, even during a query.
+
+    It takes orders (see `shut_down_sessions`) at the socket `orders`.
+    """
     port, silence = free_port(), f"{silence_s * 1000:.0f}ms"
     config = f"""
+        global
+            {f"stats socket {orders} mode 600 level admin" if orders else ""}
         defaults
             mode tcp
             timeout connect 5s
@@ -48,6 +55,15 @@ def haproxy(server: EphemeralPostgres, *, silence_s: float = 60.0) -> Iterator[s
         running(program("haproxy"), "-db", "-f", str(path), port=port),
     ):
         yield by(server, port)
+
+
+def shut_down_sessions(orders: Path) -> None:
+    """Let HAProxy close both sides of all that it forwards, as if the time of silence were over."""
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.connect(str(orders))
+        admin.sendall(b"shutdown sessions server postgres/one\n")
+        said = b"".join(iter(lambda: admin.recv(4096), b""))
+    assert not said.strip(), said.decode()
 
 
 @contextmanager
