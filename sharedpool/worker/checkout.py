@@ -27,7 +27,7 @@ from sharedpool.worker.core import callsite
 from sharedpool.worker.core.lease import Lease, Waiter
 from sharedpool.worker.local_pool import LocalPool
 from sharedpool.worker.logs import logger
-from sharedpool.worker.opening import configure_received, open_connection
+from sharedpool.worker.opening import configure_received, open_connection, run_callback
 from sharedpool.worker.waiting import ANSWER_LIMIT_S, Wait
 
 
@@ -154,7 +154,7 @@ class Checkout:
         if wrapped and has_lost_wrapper(conn):
             wrap(conn, local.config.conninfo)
         if local.config.check:
-            local.run_callback(local.config.check, lease, conn, "check")
+            run_callback(local, local.config.check, lease, conn, "check")
         if local.disposed:
             raise PoolClosed(f"pool {local.config.name!r} was disposed of meanwhile")
         with local.lock:

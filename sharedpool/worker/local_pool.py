@@ -45,7 +45,7 @@ from sharedpool.worker.local_state import READ_ONLY, LocalState
 from sharedpool.worker.location import BrokerLocation
 from sharedpool.worker.logs import logger
 from sharedpool.worker.receiving import Receiver
-from sharedpool.worker.settings import Callback, PoolConfig
+from sharedpool.worker.settings import PoolConfig
 
 _LOGS_LIMIT_S = 1.0
 # How long the link's thread, which keeps the heartbeat, waits for a connection's reset.
@@ -153,14 +153,25 @@ class LocalPool(LocalState):
             self.close(closing)
         self.end_link_if_unused()
 
-    def after_fast_checkin(self, lease: Lease, now: float) -> None:
+    def after_fast_checkin(self, lease: Lease, now: float, since: float | None = None) -> None:
         """Reconsider a connection that the fast path has laid idle, and close what has expired.
 
-        Called when others wait, or when something has expired.
+        Called when others wait, or when something has expired. `since` is when its last use began,
+        if it may be given by the lane's fast path.
         """
+        cache, conn = self.cache, None
+        if (
+            since is not None
+            and cache.moving_flag[0]
+            and not cache.returns_due
+            and (conn := cache.take_back(lease)) is not None
+        ):
+            lease.since = since
+            if self.membership.give(lease, cast(PooledConnection, conn), now):
+                return
         with self.lock:
-            outcome = self.cache.reconsider_idle(lease, now)
-            closing = self.cache.expire(now) if now >= self.cache.next_scavenge_at else []
+            outcome = cache.reconsider_idle(lease, now, conn)
+            closing = cache.expire(now) if now >= cache.next_scavenge_at else []
         if isinstance(outcome, Closing):
             closing.append(outcome)
         elif outcome is not None:
@@ -168,20 +179,6 @@ class LocalPool(LocalState):
         self.flush()
         if closing:
             self.close(closing)
-
-    def run_callback(
-        self, callback: Callback, lease: Lease, conn: PooledConnection, name: str
-    ) -> None:
-        """Run a user's callback.
-
-        The connection is discarded if the callback raises or leaves a transaction open.
-        """
-        try:
-            callbacks.run(self.config.name, name, callback, conn)
-        except BaseException:
-            self.discarded += 1
-            self.discard(lease, conn, ReleaseReason.BROKEN)
-            raise
 
     def reclaim(self, limit_s: float, *, thorough: bool = True) -> None:
         """Check in the connections that their users dropped without a `put_conn`.

@@ -16,6 +16,7 @@ from sharedpool.descriptors.available import FOR_A_CONNECTION, require
 from sharedpool.errors import PoolClosed, PoolError
 from sharedpool.wire.messages import START_UP_LIMIT_S, ReleaseReason
 from sharedpool.wire.values import Phase
+from sharedpool.worker import callbacks
 from sharedpool.worker.connection.closing import abort
 from sharedpool.worker.connection.handover import can_move, parameters
 from sharedpool.worker.connection.opening import connect, describe, take_duplicate
@@ -24,6 +25,22 @@ from sharedpool.worker.connection.state import record_settings, role_of_server
 from sharedpool.worker.connection.wrapper import is_as_opened, wrap
 from sharedpool.worker.core.lease import Lease
 from sharedpool.worker.local_pool import LocalPool
+from sharedpool.worker.settings import Callback
+
+
+def run_callback(
+    local: LocalPool, callback: Callback, lease: Lease, conn: PooledConnection, name: str
+) -> None:
+    """Run a user's callback at a checkout.
+
+    The connection is discarded if the callback raises or leaves a transaction open.
+    """
+    try:
+        callbacks.run(local.config.name, name, callback, conn)
+    except BaseException:
+        local.discarded += 1
+        local.discard(lease, conn, ReleaseReason.BROKEN)
+        raise
 
 
 def open_connection(local: LocalPool, lease: Lease, deadline: float | None) -> PooledConnection:
@@ -41,7 +58,7 @@ def open_connection(local: LocalPool, lease: Lease, deadline: float | None) -> P
         lease.conn = conn
         lease.allow_fast_checkout(conn.sharedpool_wrapper is None)
         if local.config.configure:
-            local.run_callback(local.config.configure, lease, conn, "configure")
+            run_callback(local, local.config.configure, lease, conn, "configure")
         _record_settings(conn)
         conn.sharedpool_server = role_of_server(conn)
         conn.sharedpool_movable = lease.movable = movable
@@ -119,7 +136,7 @@ def configure_received(local: LocalPool, lease: Lease, conn: PooledConnection) -
     lease.needs_configure = False
     lease.allow_fast_checkout(conn.sharedpool_wrapper is None)
     if local.config.configure:
-        local.run_callback(local.config.configure, lease, conn, "configure")
+        run_callback(local, local.config.configure, lease, conn, "configure")
     if local.config.configure or conn.sharedpool_touched:
         _record_settings(conn)
 

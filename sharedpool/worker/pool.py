@@ -219,9 +219,10 @@ class Pool:
         # of a fork unseen lays it idle in a copy of its parent's cache, from which nobody takes.
         # 1. The connection is this pool's, was out for a moment only, and is clean.
         # 2. `del` takes the lease off it. Of two threads that put it back one gets an error.
-        # 3. It goes to the lane if others wait there; else it is laid idle.
-        # 4. Only then is it looked whether anybody wants it. A waiter that comes earlier is seen
-        #    here, and one that comes later sees the idle connection.
+        # 3. It is laid idle.
+        # 4. Only then is it looked whether anybody wants it, in this process or in the lane. A
+        #    waiter that comes earlier is seen here, and one that comes later sees the idle
+        #    connection.
         if key is None and not close and (self._thread is None or self._thread == get_ident()):
             cache: Any = self._cache
             user_s: Any = conn
@@ -231,7 +232,7 @@ class Pool:
                 laid = (
                     lease.cache is cache
                     and lease.fast_checkin
-                    and (now := monotonic()) - lease.since <= CHECK_AFTER_S
+                    and (now := monotonic()) - (since := lease.since) <= CHECK_AFTER_S
                     and not pooled.get_transaction_status()  # idle
                     and pooled.status == STATUS_READY
                 )
@@ -240,13 +241,6 @@ class Pool:
                     pooled.sharedpool_closed_flag = SHUT
                     if pooled is not conn:
                         note_wrapper(pooled, conn)
-                    elif (
-                        cache.moving_flag[0]
-                        and self._fast_path[0]
-                        and not cache.returns_due
-                        and self._local.membership.give(lease, user_s, now)
-                    ):
-                        return
                     lease.conn, lease.phase, lease.since = pooled, IDLE, now
                     cache.idle.append(lease)
                     if not (
@@ -259,7 +253,7 @@ class Pool:
             except AttributeError:
                 laid = False  # not checked out, or no pool's at all: `_claim` raises
             if laid and (local := self._own_local()).cache is cache:  # else it is the parent's
-                local.after_fast_checkin(lease, now)
+                local.after_fast_checkin(lease, now, since if pooled is conn else None)
                 return
         local = self._own_local()
         if local.lock._is_owned() or claims.is_being_collected(conn):  # type: ignore[attr-defined]

@@ -215,10 +215,10 @@ class Session:
             case Welcome(epoch=epoch, generation=generation, served=served):
                 return None, messages.welcomed(epoch, generation, now, served)
             case Stale():
-                return None, cache.renew_generation(message.generation, now)
+                return None, messages.renew_generation(message.generation, now)
             case Ack():
                 cache.reporter.acknowledged(message.gone)
-                return None, cache.renew_generation(message.generation, now)
+                return None, messages.renew_generation(message.generation, now)
             case Grant():
                 return messages.granted(message, now), []
             case Deny():

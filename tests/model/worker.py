@@ -170,10 +170,10 @@ class Worker(Checkouts):
             return
         match message:
             case Stale():
-                self._to_close(cache.renew_generation(message.generation, now))
+                self._to_close(self.messages.renew_generation(message.generation, now))
             case Ack():
                 cache.reporter.acknowledged(message.gone)
-                self._to_close(cache.renew_generation(message.generation, now))
+                self._to_close(self.messages.renew_generation(message.generation, now))
                 self._revoke(message.revoked)
             case Grant():
                 self.wake(self.messages.granted(message, now))

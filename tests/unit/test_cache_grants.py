@@ -96,8 +96,8 @@ def test_a_newer_generation_takes_out_what_is_idle_at_once_and_the_rest_at_its_c
 ) -> None:
     idle = rig.idle()
     busy, conn = rig.lend()
-    assert [c.lease for c in rig.cache.renew_generation(2, rig.now)] == [idle]
-    assert rig.cache.renew_generation(2, rig.now) == []
+    assert [c.lease for c in rig.messages.renew_generation(2, rig.now)] == [idle]
+    assert rig.messages.renew_generation(2, rig.now) == []
     assert reason_of(rig.cache.checkin(busy, conn, rig.now, None)) is ReleaseReason.STALE
     fresh, conn = rig.lend()
     assert rig.cache.checkin(fresh, conn, rig.now, None) is None
@@ -119,7 +119,7 @@ def test_trouble_of_an_older_generation_is_old_news(rig: Rig) -> None:
     rig.sent()
     rig.cache.report_failover_sign(lease, "25006")
     assert rig.sent() == [FailoverSign(1, "25006")]
-    rig.cache.renew_generation(2, rig.now)
+    rig.messages.renew_generation(2, rig.now)
     rig.cache.report_failover_sign(lease, "25006")
     assert rig.sent() == []
 

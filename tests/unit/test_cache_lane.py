@@ -83,7 +83,7 @@ def test_a_connection_that_must_not_go_on_does_not_move(
     lease, conn = moving.lend(retire_at=moving.now + (0.5 if case == "old" else 100))
     lease.movable = True
     if case == "stale":
-        moving.cache.renew_generation(2, moving.now)
+        moving.messages.renew_generation(2, moving.now)
     elif case == "returns_due":
         moving.recall(returns_due=1)
     elif case == "taken away":

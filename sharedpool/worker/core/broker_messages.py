@@ -185,7 +185,7 @@ class BrokerMessages:
         """
         cache = self._cache
         if epoch == self._epoch:
-            return cache.renew_generation(generation, now)
+            return self.renew_generation(generation, now)
         self._epoch, cache.reporter.newest_grant = epoch, NO_TOKEN
         cache.waiters.start_over(now, served)
         self._forget_serials()  # a former broker's message may have come since our HELLO
@@ -194,6 +194,21 @@ class BrokerMessages:
         for lease in cache.leases.values():
             lease.generation = generation
         return []
+
+    def renew_generation(self, generation: int, now: float) -> list[Closing]:
+        """Take out all idle leases of older generations. Those in use follow at their checkin."""
+        cache = self._cache
+        if generation <= cache.generation:
+            return []
+        cache.generation = generation
+        for lease in cache.leases.values():
+            lease.fast_checkin = False
+        stale = [
+            lease
+            for lease in list(cache.idle)
+            if lease.generation < generation and cache.remove_idle(lease)
+        ]
+        return [cache.close(lease, lease.conn, ReleaseReason.STALE, now) for lease in stale]
 
     def _forget_serials(self) -> None:
         self._cache.returns_due = self._returns_serial = self._recall_serial = 0

@@ -85,14 +85,28 @@ class Cache:
         lease.waiter = None  # a former waiter's end means nothing for this use
         return lease
 
-    def reconsider_idle(self, lease: Lease, now: float) -> Closing | Waiter | None:
-        """Check in again a connection that the fast path laid idle but others want."""
-        if not self.remove_idle(lease):
+    def reconsider_idle(
+        self, lease: Lease, now: float, conn: object = None
+    ) -> Closing | Waiter | None:
+        """Check in again a connection that the fast path laid idle but others want.
+
+        `conn`: the connection, if the caller has taken it back already.
+        """
+        if conn is None and (conn := self.take_back(lease)) is None:
             return None  # another thread has it
         if self.timings.choose(now):
             lease.fast_checkin = False
-        conn, lease.conn, lease.phase = lease.conn, None, Phase.IN_USE
         return self.checkin(lease, conn, now, None)
+
+    def take_back(self, lease: Lease) -> object | None:
+        """Take out an idle lease; return its connection, or None if another thread has it.
+
+        Needs no lock.
+        """
+        if not self.remove_idle(lease):
+            return None
+        conn, lease.conn, lease.phase = lease.conn, None, Phase.IN_USE
+        return conn
 
     def note_retirement(self, retire_at: float) -> None:
         """Record that a lease is to be closed at `retire_at`."""
@@ -320,26 +334,10 @@ class Cache:
             self.remove_idle(lease)
         return lease
 
-    # --- generations
-
     def report_failover_sign(self, lease: Lease, code: str) -> None:
         """Report that a connection saw a failover (SQLSTATE `code`), or was found dead ("")."""
         if lease.generation >= self.generation:
             self.outbox.append(FailoverSign(lease.generation, code))
-
-    def renew_generation(self, generation: int, now: float) -> list[Closing]:
-        """Take out all idle leases of older generations. Those in use follow at their checkin."""
-        if generation <= self.generation:
-            return []
-        self.generation = generation
-        for lease in self.leases.values():
-            lease.fast_checkin = False
-        stale = [
-            lease
-            for lease in list(self.idle)
-            if lease.generation < generation and self.remove_idle(lease)
-        ]
-        return [self.close(lease, lease.conn, ReleaseReason.STALE, now) for lease in stale]
 
     # --- scavenging
 
