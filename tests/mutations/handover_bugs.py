@@ -268,6 +268,28 @@ HANDOVER_BUGS = (
         ("tests/unit/test_moves_restart_claims.py", "-k", "fewer_moves"),
     ),
     Mutant(
+        "what arrives where the journal has it already is nobody's",
+        (
+            (
+                "sharedpool/broker/core/in_transit.py",
+                "least = 0 if lease.session.shelf else 1",
+                "least = 1",
+            ),
+        ),
+        ("tests/unit/test_moves_restart_members.py", "-k", "journal_has_it_already"),
+    ),
+    Mutant(
+        "a worker without leases is believed to receive none in a former broker's lane",
+        (
+            (
+                "sharedpool/broker/core/moves.py",
+                "        if session.ended:\n            self.former",
+                "        if session is not None:\n            self.former",
+            ),
+        ),
+        ("tests/unit/test_moves_restart_members.py", "-k", "is_waited_for"),
+    ),
+    Mutant(
         "a former holder's late word takes a lease from its next",
         (
             (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from sharedpool.broker.core.commands import Admit, Dismiss, InviteToLane, Member
+from sharedpool.broker.core.commands import Admit, Dismiss, Forget, InviteToLane, Member
 from sharedpool.broker.core.lane_members import ARRIVAL_S
 from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.messages import Bye, Recall, Renew
@@ -78,6 +78,27 @@ def test_a_lease_that_arrives_before_the_welcome_is_the_receivers(rig: Rig) -> N
     assert (after.holder_of(token), after.fenced()) == ("w0", [])
 
 
+def test_a_lease_that_arrives_where_the_journal_has_it_already_is_the_receivers(rig: Rig) -> None:
+    """Its giver named the receiver on the board before it sent the connection. So the receiver's
+    HELLO may lack it, and no move has followed when its answer lists it."""
+    rig.proceed()
+    token = rig.tokens[1]
+    rig.moves_itself(token, rig.workers[0])
+    rig.workers[2].beat()  # with any message the board is read
+    after = restarted(rig)
+    receiver = after.workers[0]
+    assert after.holder_of(token) == "w0"
+    del receiver.held[token]
+    for worker in after.workers:
+        say_hello(after, worker, {})
+    assert after.holder_of(token) == "shelf"
+    receiver.held[token] = Phase.IN_USE
+    for worker in after.workers[1:]:
+        worker.answer()
+    listing(receiver, {token: 1})
+    assert (after.holder_of(token), after.fenced()) == ("w0", [])
+
+
 def test_a_member_whose_thread_may_be_receiving_is_asked_once_more(rig: Rig) -> None:
     after, token = lost_with_the_broker(rig)
     for worker in after.workers:
@@ -92,6 +113,44 @@ def test_a_member_whose_thread_may_be_receiving_is_asked_once_more(rig: Rig) -> 
     assert unsure.last(Recall).serial > asked.serial
     listing(unsure, {})
     assert after.fenced() == [token]
+
+
+def test_a_member_is_waited_for_though_the_lease_it_had_is_over(rig: Rig) -> None:
+    """Its own connection has ended before it says HELLO, and another is on its way to it."""
+    after, token = lost_with_the_broker(rig)
+    late, other = after.workers[2], rig.tokens[0]
+    assert after.holder_of(other) == "w2"
+    after.broker.take_in(after.broker.ledger.backend_gone(other, after.broker.now))
+    assert Forget(b"w2") not in after.broker.commands  # its process is watched on
+    for worker in after.workers[:2]:
+        say_hello(after, worker, {})
+        worker.answer()
+    assert after.fenced() == []
+    late.held = {token: Phase.IN_USE}
+    say_hello(after, late, {token: 2})
+    listing(late, {token: 2})
+    assert (after.holder_of(token), after.fenced()) == ("w2", [])
+
+
+def test_a_silent_member_is_waited_for(rig: Rig) -> None:
+    """It is stopped while it receives a connection, and has no lease by the records."""
+    after, token = lost_with_the_broker(rig)
+    late = after.workers[0]
+    for worker in after.workers:
+        say_hello(after, worker, {})
+    for _ in range(30):
+        after.broker.pass_time(0.5)
+        for worker in after.workers[1:]:
+            worker.beat()
+    assert b"w0" not in after.broker.slots.sessions
+    assert Dismiss(b"w0") not in after.broker.commands  # a third broker is to know of it
+    for worker in after.workers[1:]:
+        worker.answer()
+    assert after.fenced() == []
+    late.held[token] = Phase.IN_USE
+    say_hello(after, late, {token: 2})
+    listing(late, {token: 2})
+    assert (after.holder_of(token), after.fenced()) == ("w0", [])
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["had said hello", "had not"])

@@ -167,14 +167,17 @@ class InTransit:
         """Return the lease that a session rightly claims although the records name another holder.
 
         Only a lease of a former broker's lane can be claimed. Its number of moves tells who had it
-        last: the higher one is newer, modulo `MOVES` (the number begins again after weeks).
+        last: the higher one is newer, modulo `MOVES` (the number begins again after weeks). If
+        nobody has it by the records, the number there is its last known holder's: it had not listed
+        the connection, which was on its way, and does now.
         """
         lease = self._slots.leases.get(report.token)
         if lease is None or lease.pool is not session.pool or lease.state is FENCING:
             return None
         if lease.cell >= 0:
             return None
-        newer = 0 < (report.moves - lease.moves) % MOVES < MOVES // 2
+        least = 0 if lease.session.shelf else 1
+        newer = least <= (report.moves - lease.moves) % MOVES < MOVES // 2
         if lease.moves < 0 or not newer or report.backend != lease.backend:
             return None
         self._slots.transfer(lease, session)

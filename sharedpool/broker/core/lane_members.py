@@ -111,7 +111,8 @@ class LaneMembers:
             lane.board.clear_session(session.index)
             lane.indices.discard(session.index)
             del lane.members[session.member_number]
-            self._emit(Dismiss(session.id))
+            if session.id not in session.pool.former:
+                self._emit(Dismiss(session.id))
             session.member_number, session.index = 0, -1
             session.joined, session.joins_by = False, -math.inf
 

@@ -71,8 +71,12 @@ class Moves:
         self._members.joined(session, takes_part=takes_part)
 
     def session_ended(self, session: Session) -> None:
-        """Take an ended session out of its lanes."""
-        self.former.ended(session.id)
+        """Take a session that has ended, or that is silent without leases, out of its lanes.
+
+        A silent one may still have a connection of a former broker's lane: it is waited for.
+        """
+        if session.ended:
+            self.former.ended(session.id)
         self._members.session_ended(session)
 
     def check_unconfirmed(self, pool: Pool, now: float) -> None:

@@ -330,7 +330,8 @@ class Sessions:
         if not session.shelf:
             if self._slots.sessions.pop(session.id, None) is None:
                 return
-            self._emit(Forget(session.id))
+            if session.id not in pool.former:  # else its process's end tells what it may have
+                self._emit(Forget(session.id))
             self._stop_watching(session)
             self._moves.session_ended(session)
             del pool.sessions[session.id]
