@@ -10,6 +10,7 @@ for gone from then on.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import select
 import socket
@@ -24,8 +25,7 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Presence
 from sharedpool.broker.core.ledger import LedgerCall
-from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, Wakeup
-from sharedpool.broker.core.shares import Division
+from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, SyncResult, Wakeup
 from sharedpool.broker.postgres import share_table
 from sharedpool.broker.postgres.control_connection import error_text
 from sharedpool.broker.postgres.share_table import CannotShare, Registration
@@ -37,6 +37,7 @@ logger = logging.getLogger("sharedpool.broker")
 # others of that name, a feature that the server does not have, a transaction that may not write.
 _NOT_POSSIBLE = ("0A", "25", "3F", "42")
 _LOOK_EVERY_S = 0.4
+_FLEET_LOOKS_EVERY_S = 0.05  # all hosts together, as long as that suffices
 _OLD_S = 2.0  # the server's list may show none of a host's backends after that
 
 
@@ -48,18 +49,26 @@ class _Session:
         self.registration = registration
         self.presence = Presence()
         self.looked_at = float("-inf")
-        self.others: dict[ShareKey, tuple[str, ...]] = {}  # at the last sync, by limit
-        self.alone: set[ShareKey] = set()  # limits of which no other host had anything then
-        self.lacking: set[ShareKey] = set()  # limits of which this host had less than is fair
+        self.results: dict[ShareKey, SyncResult] = {}  # of the last sync of each limit
 
-    def note(self, key: ShareKey, division: Division) -> None:
-        """Record what a sync has shown of a limit."""
-        self.alone.discard(key)
-        self.lacking.discard(key)
+    def look_every_s(self, key: ShareKey) -> float:
+        """Return how old the server's list may be at a sync of a limit.
+
+        A host that is gone is seen by the next look. While somebody waits for its slots, a host
+        that has less than is fair looks often, and the others in turns: so many hosts do not cost
+        the server more than some.
+        """
+        if (result := self.results.get(key)) is None:
+            return _OLD_S
+        division = result.division
         if division.alone:
-            self.alone.add(key)
+            return math.inf
         if division.lacking:
-            self.lacking.add(key)
+            return _LOOK_EVERY_S
+        if division.contended:
+            turn_s = _FLEET_LOOKS_EVERY_S * (1 + len(result.others))
+            return min(max(_LOOK_EVERY_S, turn_s), _OLD_S)
+        return _OLD_S
 
     def look(self, key: ShareKey) -> None:
         """See who is on the server, if that is not known from a moment ago.
@@ -68,7 +77,7 @@ class _Session:
         """
         now = time.monotonic()
         age_s = now - self.looked_at
-        if key not in self.alone and age_s > (_LOOK_EVERY_S if key in self.lacking else _OLD_S):
+        if age_s > self.look_every_s(key):
             share_table.look(self.conn, self.presence, now)
             self.looked_at = now
         elif age_s > _OLD_S:
@@ -150,7 +159,7 @@ class ShareSessions:
                 continue
             break
         for session in list(self._sessions.values()):
-            for key in session.others.keys() - self._kept:
+            for key in session.results.keys() - self._kept:
                 self._leave(key)
         for session in self._sessions.values():
             session.conn.close()
@@ -220,8 +229,7 @@ class ShareSessions:
             session.look(key)
             decision = share_table.sync(session.conn, session.registration, order, session.presence)
             result = decision.result
-            session.others[key] = tuple(host.instance for host in result.others)
-            session.note(key, result.division)
+            session.results[key] = result
             if decision.silent:
                 share_table.end_silent(session.conn, session.presence, key, decision.silent)
         except CannotShare as error:
@@ -257,7 +265,7 @@ class ShareSessions:
     def _lose(self, database: str, error: Exception) -> None:
         session = self._sessions.pop(database)
         session.conn.close()
-        for key in session.others:
+        for key in session.results:
             self._fail(key, SyncFailure(Failed.LOST, error_text(error)))
 
     def _fail(self, key: ShareKey, failure: SyncFailure, serial: int = 0) -> None:
@@ -267,9 +275,8 @@ class ShareSessions:
         session = self._sessions.get(key.database)
         if session is None:
             return
-        others = session.others.pop(key, ())
-        session.alone.discard(key)
-        session.lacking.discard(key)
+        left = session.results.pop(key, None)
+        others = [] if left is None else [host.instance for host in left.others]
         try:
             share_table.leave(session.conn, session.registration, key, others)
         except psycopg2.Error as error:
@@ -277,7 +284,7 @@ class ShareSessions:
             if session.conn.closed:
                 self._lose(key.database, error)
                 return
-        if not session.others:  # nobody is kept from dropping the database
+        if not session.results:  # nobody is kept from dropping the database
             del self._sessions[key.database]
             session.conn.close()
 
