@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sharedpool.broker.core.commands import SyncShare
 from sharedpool.broker.core.records import Pool
 from sharedpool.broker.core.share_terms import (
@@ -41,9 +43,11 @@ class SharingBroker(Broker):
         lacking: int = 0,
         owed: int = 0,
         bounded: bool = False,
+        again_s: float = math.inf,
     ) -> None:
         division = Division(held, owed, lacking, alone=alone)
-        result = SyncResult(10, False, division, () if alone else (OTHER,), bounded=bounded)
+        others = () if alone else (OTHER,)
+        result = SyncResult(10, False, division, others, bounded=bounded, again_s=again_s)
         sharing = self.ledger.sharing
         self.take_in(sharing.synced(order.key, order.serial, result, self.now, self.now))
 

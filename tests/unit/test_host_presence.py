@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from sharedpool.broker.core.host_presence import (
@@ -101,6 +103,18 @@ def test_a_host_without_any_session_is_gone_after_a_moment(observer: Observer) -
         observer.look(now)
         assert observer.most() == most
     assert "host 'host' ('x') is gone, its 4 slots are free" in _event_at(observer, 2 * GONE_S)
+
+
+def test_it_is_told_when_another_look_may_show_that_a_host_is_gone(observer: Observer) -> None:
+    for now, again_s in ((0.0, GONE_S), (0.25, GONE_S - 0.25)):
+        observer.look(now)
+        assert observer.judge().again_s == observer.presence.again_s == again_s
+    observer.look(GONE_S, starting=(7,))
+    assert 0 < observer.judge().again_s < GONE_S
+    observer.look(GONE_S + 0.5)
+    judgement = observer.judge()
+    assert judgement.gone == {"x"}
+    assert judgement.again_s == math.inf
 
 
 def _event_at(observer: Observer, now: float) -> str:

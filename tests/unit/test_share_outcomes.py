@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import pytest
+
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import CUT_S, Listed, Presence
-from sharedpool.broker.core.share_sync import BACK_S, SyncDecision, decide_sync
+from sharedpool.broker.core.share_sync import BACK_S, OLD_S, SyncDecision, decide_sync, look_every_s
 from sharedpool.broker.core.share_terms import (
     Failed,
     LimitRow,
     ShareKey,
     SyncFailure,
+    SyncResult,
 )
-from sharedpool.broker.core.shares import Claim
+from sharedpool.broker.core.shares import Claim, Division
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import Deny, DenyReason, Release, ReleaseReason
 from tests.unit.ledger_driver import TTL_S
 from tests.unit.restarts import journal_of
-from tests.unit.sharing_driver import SharingBroker, with_share
+from tests.unit.sharing_driver import OTHER, SharingBroker, with_share
+
+# --- when the next sync is, and how old the server's list may be then
+
+
+@pytest.mark.parametrize(("lacking", "soon"), [(2, True), (0, False)])
+def test_a_sync_follows_as_soon_as_a_host_may_be_found_gone_if_slots_are_short(
+    lacking: int, soon: bool
+) -> None:
+    broker, _ = with_share(4, in_use=1)
+    before = broker.sync_again()
+    broker.answer(before, held=4, lacking=lacking, again_s=0.25)
+    broker.pass_time(0.24)
+    assert broker.order is before
+    broker.pass_time(0.02)
+    assert (broker.order is not before) is soon
+
+
+def test_the_hosts_of_a_contended_limit_look_at_the_server_in_turns() -> None:
+    def every_s(hosts: int, **division: Any) -> float:
+        others = (OTHER,) * (hosts - 1)
+        return look_every_s(SyncResult(10, False, Division(2, **division), others))
+
+    assert look_every_s(None) == OLD_S
+    assert every_s(1, alone=True) == math.inf
+    assert every_s(3) == OLD_S
+    assert every_s(3, lacking=1) == every_s(1000, lacking=1) == every_s(3, contended=True) == 0.2
+    looks_a_second = [hosts / every_s(hosts, contended=True) for hosts in (3, 10, 39)]
+    assert looks_a_second == pytest.approx([15, 20, 20])
+    assert every_s(1000, contended=True) == OLD_S
+
 
 # --- which outcome counts
 

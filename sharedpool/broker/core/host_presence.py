@@ -28,6 +28,7 @@ from sharedpool.wire.application_name import pool_of_tag, shown
 from sharedpool.wire.messages import START_UP_LIMIT_S
 
 GONE_S = 1.0
+_STARTS_S = 0.2  # a backend in start-up is looked at again after that
 # A worker connects within the TTL of its grant, and gives up after `START_UP_LIMIT_S`.
 USUAL_TTL_S = 15.0
 CUT_S = TRUST_S + USUAL_TTL_S + START_UP_LIMIT_S
@@ -76,6 +77,7 @@ class Judgement(NamedTuple):
     silent: frozenset[str]  # they have not synced for too long, and may have sessions
     connected: frozenset[str]
     events: tuple[str, ...]  # for the log
+    again_s: float = math.inf  # after which another look may show that a host is gone
 
 
 @dataclass(slots=True)
@@ -102,6 +104,7 @@ class Presence:
         self._cut: dict[
             tuple[str, str, int, int], float
         ] = {}  # the last look before that was known
+        self.again_s = math.inf  # of the last `Judgement`
 
     def seen(
         self,
@@ -170,6 +173,7 @@ class Presence:
         """
         gone, silent, connected, events = set(), set(), set(), []
         lowered: dict[str, int] = {}
+        self.again_s = math.inf
         for row in [] if self._seen_at == -math.inf else rows:
             if (row.pid, row.started_us) in self._brokers.get(row.instance, ()):
                 connected.add(row.instance)
@@ -184,7 +188,12 @@ class Presence:
             elif most < row.held:
                 lowered[row.instance] = most
         return Judgement(
-            frozenset(gone), lowered, frozenset(silent), frozenset(connected), tuple(events)
+            frozenset(gone),
+            lowered,
+            frozenset(silent),
+            frozenset(connected),
+            tuple(events),
+            self.again_s,
         )
 
     def _most(self, scope: str, row: Listed, mine: frozenset[Session]) -> tuple[int, str]:
@@ -205,11 +214,14 @@ class Presence:
             return row.held, ""  # some of its backends may be newer than the list
         absence = self._absent.setdefault(_key(scope, row), Absence(self._seen_at))
         quiet_s = self._seen_at - absence.since
-        if quiet_s < (row.orphaned_s if backends and not backends & mine else GONE_S):
+        needed_s = row.orphaned_s if backends and not backends & mine else GONE_S
+        if quiet_s < needed_s:
+            self.again_s = min(self.again_s, needed_s - quiet_s)
             return row.held, ""
         starting = self._starting if absence.starting is None else absence.starting
         absence.starting = starting & self._starting
         if absence.starting:
+            self.again_s = min(self.again_s, _STARTS_S)
             return row.held, ""
         return left, f"its broker had no session on the server for {quiet_s:.1f} s"
 

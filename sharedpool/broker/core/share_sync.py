@@ -6,6 +6,7 @@ one transaction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from sharedpool.broker.core.shares import HostShare, decide
 # started anew, with a new broker, has nobody to wait for, and is not kept waiting for longer.
 BACK_S = 3.0
 _NAMED = 5  # hosts in a line of the log
+# How old the server's list of sessions may be: in any case, where this host lacks slots, and, for
+# the hosts of a contended limit together, how often it is looked at, as long as that suffices.
+OLD_S, _LACKING_S, _TOGETHER_S = 2.0, 0.2, 0.05
 
 
 class SyncDecision(NamedTuple):
@@ -91,7 +95,7 @@ def decide_sync(
     events = seen.events
     if missing and limit.lost_s is None:
         events += (f"shares were lost with the server; their hosts are waited for: {_list(names)}",)
-    result = SyncResult(max_conn, paused, division, hosts, events, bounded, names)
+    result = SyncResult(max_conn, paused, division, hosts, events, bounded, names, seen.again_s)
     silent = [x for x in others if x.instance in seen.silent and presence.sessions_of(x)]
     return SyncDecision(
         result,
@@ -104,6 +108,22 @@ def decide_sync(
         tuple(sorted({me, *missing, *(x.instance for x in others if _is_name(x.instance))})),
         bool(missing),
     )
+
+
+def look_every_s(result: SyncResult | None) -> float:
+    """Return how old the server's list may be at the next sync, by the outcome of the last one.
+
+    The list shows that a host is gone. While somebody waits for its slots, a host that has less
+    than is fair looks often, and the others in turns, so that many hosts do not burden the server.
+    """
+    if result is None:
+        return OLD_S
+    division, turn_s = result.division, _TOGETHER_S * (1 + len(result.others))
+    if division.alone:
+        return math.inf
+    if division.lacking:
+        return _LACKING_S
+    return min(max(_LACKING_S, turn_s), OLD_S) if division.contended else OLD_S
 
 
 def _share(row: Listed, *, silent: bool) -> HostShare:

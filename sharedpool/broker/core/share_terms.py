@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -71,6 +72,7 @@ class SyncResult(NamedTuple):
     events: tuple[str, ...] = ()  # what is worth a line in the log, such as a host that is gone
     bounded: bool = False  # the order's `most` was applied
     missing: tuple[str, ...] = ()  # hosts whose shares were lost, and that are waited for
+    again_s: float = math.inf  # after which another sync may find that a host is gone
 
 
 class Failed(Enum):

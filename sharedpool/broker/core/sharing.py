@@ -9,7 +9,8 @@ requests that do not wait need in `share_questions.py`.
 2. A broker that is alone holds the whole limit, and syncs only to be heard of.
 3. Where there are others, a sync is due when this host wants more than it holds, when it needs
    less while others lack slots, when it has got back what it owes, and when another broker has
-   woken it. While slots are short over all hosts, it looks again every `POLL_S`.
+   woken it. While slots are short over all hosts, it looks again every `POLL_S`, and as soon as
+   a host may be found to be gone.
 4. What this host owes comes back like the excess of a limit that an operator has lowered: idle
    connections at once, those in use at their checkins.
 5. After some time without a sync nothing new is opened: see `share_trust.py`.
@@ -276,11 +277,14 @@ class Sharing:
             self._records.active[key] = share
             if share.covered == UNSHARED:
                 self._records.let_refuse(share, 0)
-        self._prepare_next(share, now)
+        self._prepare_next(share, now, result.again_s)
         return self._settle(now)
 
-    def _prepare_next(self, share: Share, now: float) -> None:
-        """Ask the workers what the next sync will have to tell, and set its time."""
+    def _prepare_next(self, share: Share, now: float, again_s: float) -> None:
+        """Ask the workers what the next sync will have to tell, and set its time.
+
+        After `again_s` a host may be found to be gone.
+        """
         division = share.division
         contended = division.contended or division.lacking or division.owed
         share.beat_at = math.inf  # an earlier alarm finds that it is not the one
@@ -288,7 +292,7 @@ class Sharing:
             self._questions.inquire(share, now, division.asked)
         elif division.contended and now - share.inquired_at > INQUIRY_EVERY_S:
             self._questions.inquire(share, now)
-        self._beat(share, now + (POLL_S if contended else HEARTBEAT_S))
+        self._beat(share, now + (min(POLL_S, again_s) if contended else HEARTBEAT_S))
 
     def failed(
         self, key: ShareKey, failure: SyncFailure, now: float, serial: int = 0

@@ -10,7 +10,6 @@ for gone from then on.
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import select
 import socket
@@ -25,6 +24,7 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Presence
 from sharedpool.broker.core.ledger import LedgerCall
+from sharedpool.broker.core.share_sync import OLD_S, look_every_s
 from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, SyncResult, Wakeup
 from sharedpool.broker.postgres import share_table
 from sharedpool.broker.postgres.control_connection import error_text
@@ -36,9 +36,6 @@ logger = logging.getLogger("sharedpool.broker")
 # Classes of SQLSTATEs with which a sync is not possible at all: no right to the tables, none or
 # others of that name, a feature that the server does not have, a transaction that may not write.
 _NOT_POSSIBLE = ("0A", "25", "3F", "42")
-_LOOK_EVERY_S = 0.4
-_FLEET_LOOKS_EVERY_S = 0.05  # all hosts together, as long as that suffices
-_OLD_S = 2.0  # the server's list may show none of a host's backends after that
 
 
 class _Session:
@@ -51,25 +48,6 @@ class _Session:
         self.looked_at = float("-inf")
         self.results: dict[ShareKey, SyncResult] = {}  # of the last sync of each limit
 
-    def look_every_s(self, key: ShareKey) -> float:
-        """Return how old the server's list may be at a sync of a limit.
-
-        A host that is gone is seen by the next look. While somebody waits for its slots, a host
-        that has less than is fair looks often, and the others in turns: so many hosts do not cost
-        the server more than some.
-        """
-        if (result := self.results.get(key)) is None:
-            return _OLD_S
-        division = result.division
-        if division.alone:
-            return math.inf
-        if division.lacking:
-            return _LOOK_EVERY_S
-        if division.contended:
-            turn_s = _FLEET_LOOKS_EVERY_S * (1 + len(result.others))
-            return min(max(_LOOK_EVERY_S, turn_s), _OLD_S)
-        return _OLD_S
-
     def look(self, key: ShareKey) -> None:
         """See who is on the server, if that is not known from a moment ago.
 
@@ -77,10 +55,10 @@ class _Session:
         """
         now = time.monotonic()
         age_s = now - self.looked_at
-        if age_s > self.look_every_s(key):
+        if age_s > look_every_s(self.results.get(key)) or age_s >= self.presence.again_s:
             share_table.look(self.conn, self.presence, now)
             self.looked_at = now
-        elif age_s > _OLD_S:
+        elif age_s > OLD_S:
             self.presence = Presence()  # its list says nothing of hosts that came since
 
 
