@@ -98,4 +98,15 @@ SHARING_BUGS = (
         ),
         ("tests/unit/test_share_outcomes.py",),
     ),
+    Mutant(
+        "a host is found to be gone at the next turn only",
+        (
+            (
+                "sharedpool/broker/core/sharing.py",
+                "(min(POLL_S, again_s) if contended",
+                "(POLL_S if contended",
+            ),
+        ),
+        ("tests/unit/test_share_outcomes.py", "-k", "found_gone"),
+    ),
 )
