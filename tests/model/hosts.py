@@ -37,8 +37,8 @@ from sharedpool.broker.core.host_presence import (
     Presence,
 )
 from sharedpool.broker.core.ledger import Ledger, LedgerCall
-from sharedpool.broker.core.share_sync import decide_sync
-from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, Wakeup
+from sharedpool.broker.core.share_sync import OLD_S, decide_sync, look_every_s
+from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, SyncResult, Wakeup
 from sharedpool.broker.core.shares import HostShare
 from sharedpool.wire.application_name import tag_of
 from sharedpool.wire.messages import (
@@ -52,7 +52,6 @@ from tests.model.hosts_worker import DATABASE, POOL, TTL_S, Held, Worker
 if TYPE_CHECKING:
     from tests.model.hosts_world import World
 
-LOOK_EVERY_S, OLD_S = 0.4, 2.0  # as `share_sessions.py`
 # A worker's connect reaches the server so soon after its broker's session has ended, or not at all:
 # the product's assumption about hosts that go without a word (`host_presence.py`).
 REACH_S = GONE_S - 0.1
@@ -81,8 +80,7 @@ class Host:
         self.session: Proc | None = None
         self.pid = 0
         self.known: dict[ShareKey, tuple[str, ...]] = {}
-        self.alone: set[ShareKey] = set()
-        self.lacking: set[ShareKey] = set()
+        self.results: dict[ShareKey, SyncResult] = {}  # of the last syncs in this session
         self.presence = Presence()
         self.looked_at = -math.inf
         self.orders: deque[SyncShare | LeaveShare] = deque()
@@ -267,11 +265,11 @@ class Host:
         if fate == "before":
             self._lose(key)
             return
-        every_s = LOOK_EVERY_S if key in self.lacking else OLD_S
-        if key not in self.alone and now - self.looked_at > every_s:
+        age_s = now - self.looked_at
+        if age_s > look_every_s(self.results.get(key)) or age_s >= self.presence.again_s:
             self.presence.seen(*server.sessions(), now)
             self.looked_at = now
-        elif now - self.looked_at > OLD_S:
+        elif age_s > OLD_S:
             self.presence = Presence()
         if server.limit is None:
             server.limit, server.asked = order.max_conn, 0
@@ -288,13 +286,8 @@ class Host:
         if fate == "after":
             self._lose(key)
             return
-        result = decision.result
+        result = self.results[key] = decision.result
         self.known[key] = tuple(host.instance for host in result.others)
-        if result.division.alone:
-            self.alone.add(key)
-        else:
-            self.alone.discard(key)
-        self.lacking = {key} if result.division.lacking else set()
         self._end_silent(decision.silent)
         serial = order.serial
         self.words.append(
@@ -311,7 +304,7 @@ class Host:
         self.session = server.connect(self.name, SESSION_NAME + self.instance, is_broker=True)
         self.pid = self.session.pid
         self.presence, self.looked_at, self.known = Presence(), -math.inf, {}
-        self.alone, self.lacking = set(), set()
+        self.results = {}
         for name in [name for name, row in server.rows.items() if row.boot < server.boot]:
             del server.rows[name]
 
