@@ -19,6 +19,8 @@ from sharedpool.worker.pool import Pool, SimpleConnectionPool
 from sharedpool.worker.settings import Callback, PoolConfig
 
 _GROUP_VARIABLE = "SHAREDPOOL_GROUP"
+_SHARES_VARIABLE = "SHAREDPOOL_SHARES_DATABASE"
+_LONGEST_NAME = 63  # bytes, of a database
 _current: dict[str, Pool] = {}  # by name
 
 
@@ -31,6 +33,7 @@ def config_pool(
     name: str = "default",
     group: str | None = None,
     broker: str | None = None,
+    shares_database: str | None = None,
     timeout: float = 0.0,
     dsn: str | Callable[[], str] | None = None,
     db_url: str | None = None,
@@ -65,6 +68,9 @@ def config_pool(
     - `pool_manager`: `SimpleConnectionPool` for one thread, `ThreadedConnectionPool` for many.
     - `broker`: the broker's address. By default SHAREDPOOL_BROKER, or else a broker that is found
       or started for this user, server and role.
+    - `shares_database`: where many hosts share the limit: the name of a database on the same
+      server, for a broker that was found or started. By default SHAREDPOOL_SHARES_DATABASE, or else
+      the pool's own database. The first host decides, for good.
 
     Where to connect:
 
@@ -137,6 +143,7 @@ def config_pool(
         handover=handover != "off",
         time_slice=float(time_slice),
         debug_checkouts=bool(debug_checkouts),
+        shares_database=_shares_database(shares_database),
     )
     location = AutomaticBroker(conninfo) if address is None else GivenBroker(address)
     pool = pool_manager(config, location)
@@ -175,6 +182,18 @@ def _group(group: str | None) -> str:
     if not isinstance(group, str) or not group.isprintable() or "@" in group:
         raise ConfigError(f"group: must be a printable text without an @, not {group!r}")
     return group
+
+
+def _shares_database(name: str | None) -> str:
+    """Return the database in which hosts share the limit; empty: the pool's own."""
+    if name is None:
+        name = os.environ.get(_SHARES_VARIABLE, "")
+        if not name:
+            return ""
+    fits = isinstance(name, str) and name and name.isprintable()
+    if not fits or len(name.encode()) > _LONGEST_NAME:
+        raise ConfigError(f"shares_database: must be the name of a database, not {name!r}")
+    return name
 
 
 def _broker_address(broker: str | None) -> str | None:

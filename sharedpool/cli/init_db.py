@@ -9,7 +9,7 @@ import psycopg2
 from psycopg2.extensions import parse_dsn
 
 from sharedpool.broker.launch.run import control_dsn
-from sharedpool.broker.postgres.share_table import SCHEMA_SQL, create
+from sharedpool.broker.postgres.share_schema import SCHEMA_SQL, create
 from sharedpool.errors import ConfigError
 from sharedpool.postgres.conninfo import connect_directly
 

@@ -84,6 +84,8 @@ class PoolSpec(Struct, frozen=True):
     end_overdue: bool = False
     # Set for an automatic broker. It serves a whole server and has a pool for each database.
     database: str = ""
+    # The database in which hosts share the pool's limit, where that is not the pool's own.
+    shares_database: str = ""
 
     def is_pool_of(self, other: PoolSpec) -> bool:
         """Return True if both specify the same pool."""

@@ -65,6 +65,7 @@ class Session:
             config.group,
             config.end_overdue,
             identity.dbname,
+            config.shares_database,
         )
         self._note_arrivals()
         with self._local.lock:

@@ -38,6 +38,7 @@ class PoolConfig:
     handover: bool = True
     time_slice: float = 0.002
     debug_checkouts: bool = False
+    shares_database: str = ""  # where hosts share the limit; empty: in the pool's own
 
     @property
     def user_reset(self) -> Callback | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,14 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sharedpool.broker.core import sharing
 from sharedpool.cli.client import fetch_report
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
+from tests.integration.several_hosts import MakeHost, log_of, on_host
 from tests.support.broker_thread import server_in_a_thread
 from tests.support.commands import sharedpool_command
 from tests.support.processes import Worker
 from tests.support.sql import ask
 from tests.support.waiting import wait_until
 
-MakeHost = Callable[..., Worker]
-
-
-def log_of(host: Path) -> str:
-    return "".join(path.read_text() for path in host.glob("sharedpool/*.log"))
-
-
-@pytest.fixture
-def on_host(
-    database: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[MakeHost]:
-    """Return a function that starts a worker on a host, by the host's name."""
-    monkeypatch.setenv("SHAREDPOOL_LINGER", "0.3")
-    with ExitStack() as stack:
-
-        def start(host: str, **settings: Any) -> Worker:
-            directory = runtime_dir / host
-            directory.mkdir(mode=0o700, exist_ok=True)
-            monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
-            return stack.enter_context(Worker(**{"dsn": database, **settings}))
-
-        yield start
+__all__ = ["on_host"]  # pytest finds it here
 
 
 def broker_pid(runtime_dir: Path, host: str) -> int:

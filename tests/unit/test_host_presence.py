@@ -297,12 +297,13 @@ def test_backends_of_brokers_without_a_row_are_counted(observer: Observer) -> No
     other = (30, 1, tag_of("p", "y"))
     observer.look(0.0, *WORKERS, other, (31, 1, tag_of("another pool", "y")))
     count = observer.presence.strangers
-    assert count("p", [], frozenset()) == 3
-    assert count("p", ["x"], frozenset()) == 1
-    assert count("p", ["x"], frozenset({(30, 1)})) == 0  # it has come to this broker
-    assert count("another pool", ["x"], frozenset()) == 1
-    observer.presence.seen(frozenset(), [other], 1.0, elsewhere={(30, 1)})
-    assert count("p", [], frozenset()) == 0  # in another database
+    assert count("p", "db", [], frozenset()) == 3
+    assert count("p", "db", ["x"], frozenset()) == 1
+    assert count("p", "db", ["x"], frozenset({(30, 1)})) == 0  # it has come to this broker
+    assert count("another pool", "db", ["x"], frozenset()) == 1
+    observer.presence.seen(frozenset(), [other], 1.0, {(30, 1): "db"})
+    assert count("p", "db", [], frozenset()) == 1
+    assert count("p", "another", [], frozenset()) == 0
 
 
 def test_a_host_with_a_longer_ttl_is_waited_for_as_much_longer(observer: Observer) -> None:

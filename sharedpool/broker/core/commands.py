@@ -261,6 +261,7 @@ class SyncShare(msgspec.Struct, frozen=True):
     most: int = 0
     missed: tuple[str, ...] = ()
     sure: bool = True
+    home: str = ""  # the database in which the limit is to be shared; empty: the key's
 
 
 class LeaveShare(msgspec.Struct, frozen=True):

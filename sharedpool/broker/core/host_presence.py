@@ -19,7 +19,7 @@ its end. How long that must have been so depends on how the host went:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,7 +95,8 @@ class Presence:
 
     def __init__(self) -> None:
         self._brokers: dict[str, set[Session]] = {}  # by instance
-        self._pools: dict[Session, str] = {}  # of workers' backends in this database, by their tags
+        # Of workers' backends: the pool by the tag, and the database, if that is known.
+        self._pools: dict[Session, tuple[str, str | None]] = {}
         self._backends: dict[str, set[Session]] = {}
         self._all: frozenset[Session] = frozenset()
         self._starting: frozenset[int] = frozenset()
@@ -111,11 +112,11 @@ class Presence:
         starting: frozenset[int],
         sessions: Iterable[tuple[int, int, str]],
         now: float,
-        elsewhere: Collection[Session] = (),
+        databases: Mapping[Session, str] | None = None,
     ) -> None:
         """Record the server's list: backends in start-up, and sessions (pid, start, name).
 
-        Those `elsewhere` are in other databases.
+        `databases`: which one each session uses, as far as that is known.
         """
         self._pools.clear()
         self._brokers.clear()
@@ -126,8 +127,8 @@ class Presence:
             if name.startswith("sharedpool ") and name.endswith("]"):  # a worker's
                 instance = name.rpartition(" [")[2].removesuffix("]")
                 self._backends.setdefault(instance, set()).add((pid, start_us))
-                if (pid, start_us) not in elsewhere:
-                    self._pools[(pid, start_us)] = pool_of_tag(name)
+                database = (databases or {}).get((pid, start_us))
+                self._pools[(pid, start_us)] = pool_of_tag(name), database
             elif name.startswith(SESSION_NAME):
                 instance = name.removeprefix(SESSION_NAME)
                 self._brokers.setdefault(instance, set()).add((pid, start_us))
@@ -135,7 +136,9 @@ class Presence:
             del self._absent[key]
         self._all, self._starting, self._seen_at = frozenset(everything), starting, now
 
-    def strangers(self, pool: str, known: Iterable[str], mine: frozenset[Session]) -> int:
+    def strangers(
+        self, pool: str, database: str, known: Iterable[str], mine: frozenset[Session]
+    ) -> int:
         """Return how many backends a pool has of brokers that have no row (not `known`).
 
         The table was emptied by a restart of the server, and their brokers have not come back to
@@ -143,11 +146,15 @@ class Presence:
         """
         rows = set(known)
         return sum(
-            self._pools.get(session) == shown(pool, instance) and session not in mine
+            self._is_of(session, shown(pool, instance), database) and session not in mine
             for instance, sessions in self._backends.items()
             if instance not in rows
             for session in sessions
         )
+
+    def _is_of(self, session: Session, pool: str, database: str) -> bool:
+        known, used = self._pools.get(session, ("", None))
+        return known == pool and used in (None, database)
 
     def unnamed(self, instance: str, backends: Iterable[Session]) -> str:
         """Return those of a broker's backends that do not have its tag, for its row."""

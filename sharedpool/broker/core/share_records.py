@@ -96,7 +96,7 @@ class ShareRecords:
         self._slots = context.slots
         self._log = context.log
         self._by_pool = by_pool
-        self._cap = ShareKey("", _scope("broker", cap)) if cap else None
+        self._cap = ShareKey("", scope_name("broker", cap)) if cap else None
         self.shares: dict[ShareKey, Share] = {}
         # Those to be looked at after every event: not those of a broker that is alone.
         self.active: dict[ShareKey, Share] = {}
@@ -115,7 +115,7 @@ class ShareRecords:
         """Return the limit that a pool counts to, if it is shared."""
         if self._cap is not None or not self._by_pool or pool.unnamed:
             return self._cap
-        return ShareKey(pool.spec.database, _scope("pool", pool.spec.name))
+        return ShareKey(pool.spec.database, scope_name("pool", pool.spec.name))
 
     def is_unused(self, share: Share) -> bool:
         """Return True if the share can be given back: nobody here uses the limit.
@@ -212,7 +212,7 @@ class ShareRecords:
             self._log(logging.WARNING, text, share.title, max_conn, asked)
 
 
-def _scope(kind: str, name: str) -> str:
+def scope_name(kind: str, name: str) -> str:
     """Return the name of a limit in the table: plain ASCII, and not too long."""
     scope = f"{kind} {name}".encode("ascii", "backslashreplace").decode()
     if len(scope) > _LONGEST_SCOPE:

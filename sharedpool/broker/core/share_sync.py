@@ -61,9 +61,9 @@ def decide_sync(
     max_conn = change.max_conn or (limit.max_conn if others else order.max_conn)
     paused = limit.paused if change.paused is None else change.paused
     bounded = _is_bounded(me, order, rows, missing)
-    taken = presence.strangers(
-        order.pool, [me, *(row.instance for row in rows)], frozenset(order.backends)
-    )
+    known = [me, *(row.instance for row in rows)]
+    mine_now = frozenset(order.backends)
+    taken = presence.strangers(order.pool, order.key.database, known, mine_now)
     division = decide(
         # While paused, nobody may hold more than it has in use.
         0 if paused else max(0, max_conn - taken),

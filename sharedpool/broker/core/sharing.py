@@ -213,6 +213,7 @@ class Sharing:
                 share.memory.most,
                 share.memory.missed_at(now),
                 sure=not share.memory.unsure,
+                home="" if share.pool is None else share.pool.spec.shares_database,
             )
         )
         share.memory.ordered(claim.least)

@@ -1,5 +1,8 @@
 """The sessions by which a broker shares limits with other hosts: one per database, in one thread.
 
+A limit is shared in its pool's database, or in another one that its first host has named: then one
+session serves the pools of many databases. The row in the pool's own database says which it is.
+
 The ledger orders syncs, and this thread carries them out, one after the other. It also listens:
 another broker that lacks slots, or has given some back, wakes this one by NOTIFY.
 
@@ -17,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import NamedTuple
 
 import psycopg2
 from psycopg2.extensions import connection, make_dsn, parse_dsn
@@ -24,11 +28,13 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sharedpool.broker.core.commands import LeaveShare, SyncShare
 from sharedpool.broker.core.host_presence import SESSION_NAME, Presence
 from sharedpool.broker.core.ledger import LedgerCall
+from sharedpool.broker.core.share_records import scope_name
 from sharedpool.broker.core.share_sync import OLD_S, look_every_s
 from sharedpool.broker.core.share_terms import Failed, ShareKey, SyncFailure, SyncResult, Wakeup
 from sharedpool.broker.postgres import share_table
 from sharedpool.broker.postgres.control_connection import error_text
-from sharedpool.broker.postgres.share_table import CannotShare, Registration
+from sharedpool.broker.postgres.share_schema import CannotShare, Registration, open_table
+from sharedpool.broker.postgres.share_table import SharedElsewhere
 from sharedpool.postgres.libpq import socket_of_failed
 
 logger = logging.getLogger("sharedpool.broker")
@@ -36,6 +42,20 @@ logger = logging.getLogger("sharedpool.broker")
 # Classes of SQLSTATEs with which a sync is not possible at all: no right to the tables, none or
 # others of that name, a feature that the server does not have, a transaction that may not write.
 _NOT_POSSIBLE = ("0A", "25", "3F", "42")
+
+
+class _Place(NamedTuple):
+    """Where hosts share a limit: in which database, and by which name."""
+
+    database: str
+    scope: str
+
+
+def _place(key: ShareKey, home: str) -> _Place:
+    """Return where a limit is shared whose hosts meet in the database `home`; empty: in its own."""
+    if home in ("", key.database):
+        return _Place(*key)
+    return _Place(home, scope_name(key.scope, f"in {key.database}"))
 
 
 class _Session:
@@ -82,6 +102,7 @@ class ShareSessions:
         self._ttl_s = ttl_s
         self._call_soon = call_soon
         self._sessions: dict[str, _Session] = {}  # by database
+        self._places: dict[ShareKey, _Place] = {}  # of the limits in use
         self._reached = Failed.UNREACHABLE  # how the last connect has failed
         self._kept: frozenset[ShareKey] = frozenset()  # shares that outlive this broker
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -160,10 +181,11 @@ class ShareSessions:
         session = self._sessions[database]
         try:
             for scope, wakeup in share_table.woken(session.conn, self._instance):
-                key = ShareKey(database, scope)
-                self._call_soon(_woken(key, wakeup))
-                # While the workers are asked what is idle, which the next sync waits for.
-                session.look(key)
+                for key, place in list(self._places.items()):
+                    if place == (database, scope):
+                        self._call_soon(_woken(key, wakeup))
+                        # While the workers are asked what is idle, which the next sync waits for.
+                        session.look(key)
         except psycopg2.Error as error:
             self._lose(database, error)
         except Exception:  # any: without this thread nothing more would be granted
@@ -175,7 +197,7 @@ class ShareSessions:
         if session is None:
             conn = self._connect(database)
             try:
-                registration = share_table.open_table(conn, self._instance, self._host, self._ttl_s)
+                registration = open_table(conn, self._instance, self._host, self._ttl_s)
             except BaseException:
                 conn.close()
                 raise
@@ -200,16 +222,57 @@ class ShareSessions:
         self._reached = Failed.LOST
         return conn
 
+    def _find_place(self, order: SyncShare) -> _Place:
+        """Return where the hosts of a limit share it. Raise as `open_table` and `home_of` do.
+
+        The limit's own database tells that, so that hosts whose settings differ do not count apart.
+        """
+        key, wanted = order.key, order.home
+        if wanted in ("", key.database):
+            return _place(key, "")
+        session = self._session(key.database)
+        try:
+            home = share_table.home_of(session.conn, key.scope, order.max_conn, wanted)
+        finally:
+            self._close_unused(key.database)
+        if home != wanted:
+            text = (
+                "pool %r: its hosts share its limit in database %r, not in %r as is asked for here"
+            )
+            logger.warning(text, order.pool, home or key.database, wanted)
+        return _place(key, home)
+
+    def _close_unused(self, database: str) -> None:
+        """Close a session in which nothing is shared: nobody is kept from dropping the database."""
+        session = self._sessions.get(database)
+        if session is not None and not session.results:
+            del self._sessions[database]
+            session.conn.close()
+
     def _sync(self, order: SyncShare) -> None:
         key, began = order.key, time.monotonic()
         try:
-            session = self._session(key.database)
+            place = self._places.get(key) or self._find_place(order)
+            self._places[key] = place
+            session = self._session(place.database)
             session.look(key)
-            decision = share_table.sync(session.conn, session.registration, order, session.presence)
+            decision = share_table.sync(
+                session.conn, session.registration, order, session.presence, place.scope
+            )
             result = decision.result
             session.results[key] = result
             if decision.silent:
-                share_table.end_silent(session.conn, session.presence, key, decision.silent)
+                share_table.end_silent(session.conn, session.presence, place.scope, decision.silent)
+        except SharedElsewhere as elsewhere:
+            session.results.pop(key, None)
+            self._close_unused(place.database)
+            self._places[key] = _place(key, elsewhere.home)
+            if place == _place(key, "") != self._places[key]:
+                self._sync(order)
+            else:  # somebody has written nonsense
+                del self._places[key]
+                text = f"database {place.database!r} says that it is shared in {elsewhere.home!r}"
+                self._fail(key, SyncFailure(Failed.UNSHARED, text), order.serial)
         except CannotShare as error:
             self._fail(key, SyncFailure(Failed.UNSHARED, str(error)), order.serial)
         except psycopg2.Error as error:
@@ -226,11 +289,12 @@ class ShareSessions:
 
     def _fail_by(self, order: SyncShare, error: psycopg2.Error) -> None:
         key = order.key
-        session = self._sessions.get(key.database)
+        database = self._places.get(key, key)[0]
+        session = self._sessions.get(database)
         if session is None:
             how = self._reached
         elif session.conn.closed:
-            self._lose(key.database, error)
+            self._lose(database, error)
             how = Failed.LOST
         else:
             how = Failed.LOST
@@ -250,21 +314,20 @@ class ShareSessions:
         self._call_soon(lambda ledger, now: ledger.sharing.failed(key, failure, now, serial))
 
     def _leave(self, key: ShareKey) -> None:
-        session = self._sessions.get(key.database)
+        place = self._places.pop(key, _Place(*key))
+        session = self._sessions.get(place.database)
         if session is None:
             return
         left = session.results.pop(key, None)
         others = [] if left is None else [host.instance for host in left.others]
         try:
-            share_table.leave(session.conn, session.registration, key, others)
+            share_table.leave(session.conn, session.registration, place.scope, others)
         except psycopg2.Error as error:
             logger.info("the share of %r is not given back: %s", key.scope, error_text(error))
             if session.conn.closed:
-                self._lose(key.database, error)
+                self._lose(place.database, error)
                 return
-        if not session.results:  # nobody is kept from dropping the database
-            del self._sessions[key.database]
-            session.conn.close()
+        self._close_unused(place.database)
 
 
 def _woken(key: ShareKey, wakeup: Wakeup) -> LedgerCall:
