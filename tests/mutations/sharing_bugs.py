@@ -109,4 +109,26 @@ SHARING_BUGS = (
         ),
         ("tests/unit/test_share_outcomes.py", "-k", "found_gone"),
     ),
+    Mutant(
+        "hosts whose settings differ meet in different databases",
+        (
+            (
+                "sharedpool/broker/postgres/share_table.py",
+                "            if home:\n                raise SharedElsewhere(home)\n",
+                "",
+            ),
+        ),
+        ("tests/integration/test_shares_database.py", "-k", "names_no_database"),
+    ),
+    Mutant(
+        "what one limit has shown of a host counts for another database's",
+        (
+            (
+                "sharedpool/broker/core/share_sync.py",
+                'presence.judge(" in ".join(order.key),',
+                "presence.judge(order.key.scope,",
+            ),
+        ),
+        ("tests/unit/test_share_outcomes.py", "-k", "judged_apart"),
+    ),
 )

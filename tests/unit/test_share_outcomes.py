@@ -339,6 +339,26 @@ def broker_key() -> ShareKey:
     return with_share()[0].order.key
 
 
+def test_pools_of_one_name_in_two_databases_are_judged_apart() -> None:
+    """One session serves both. What a look has shown of a host counts for a limit only if the host
+    was marked in that limit's rows before."""
+    presence = Presence()
+
+    def held_by_the_other(database: str, *, cut: bool) -> int:
+        order = SyncShare(ShareKey(database, "pool p"), 4, Claim(4, 0), 1, pool="p")
+        other = Listed("other", "host", 7, 1, 3, 3, 0, cut, 30.0, spare=1)
+        (row,) = decide_sync("me", order, LimitRow(4), [other], presence).result.others
+        return row.held
+
+    presence.seen(frozenset(), [], 0.0)
+    assert held_by_the_other("a", cut=True) == 3
+    presence.seen(frozenset(), [], 0.5)
+    assert held_by_the_other("b", cut=True) == 3
+    assert held_by_the_other("a", cut=True) == 1
+    presence.seen(frozenset(), [], 1.0)
+    assert held_by_the_other("b", cut=True) == 1
+
+
 def test_a_request_is_not_refused_for_a_host_that_has_just_left() -> None:
     """Its backends are still in the list of sessions: they will be gone at the next look."""
     order = SyncShare(broker_key(), 3, Claim(3, 2), 1, pool="p")

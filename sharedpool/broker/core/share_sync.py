@@ -49,7 +49,8 @@ def decide_sync(
     """Decide a sync of the instance `me`; `limit`, `rows`: the tables'."""
     mine = next((row for row in rows if row.instance == me), None)
     others = [row for row in rows if row.instance != me]
-    seen = presence.judge(order.key.scope, others, frozenset(order.backends))
+    # By the database, too: one session may serve several, whose pools have one name.
+    seen = presence.judge(" in ".join(order.key), others, frozenset(order.backends))
     others = [
         row._replace(held=seen.lowered.get(row.instance, row.held))
         for row in others
