@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +12,8 @@ import psycopg2
 import pytest
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
-from sharedpool.broker.postgres.share_schema import create
+from sharedpool.broker.postgres.share_schema import create, open_table
+from sharedpool.broker.postgres.share_table import leave
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.integration.several_hosts import MakeHost, log_of, on_host
 from tests.support.sql import ask
@@ -120,6 +122,30 @@ def test_the_pools_own_name_is_as_good_as_none(on_host: MakeHost, databases: Mak
     use_all(web, "a")
     assert cron.ask("get", name="x")["error"] == "PoolExhausted"
     assert agreed(dsn) == ""
+
+
+def test_a_database_that_does_not_exist_is_not_agreed_on(
+    on_host: MakeHost, databases: MakeDsn, runtime_dir: Path
+) -> None:
+    dsn = databases(TENANTS[0])
+    web = on_host("web", dsn=dsn, max_conn=1, shares_database="shares_nowhere")
+    use_all(web, "a")
+    said = 'the limit is not shared with other hosts: .*database "shares_nowhere" does not exist'
+    wait_until(lambda: re.search(said, log_of(runtime_dir / "web")), what="a line in the log")
+    with closing(psycopg2.connect(dsn)) as conn:
+        assert ask(conn, "SELECT to_regclass('sharedpool.limits')") is None
+
+
+def test_what_the_hosts_have_agreed_on_outlives_a_host_that_leaves(
+    on_host: MakeHost, databases: MakeDsn
+) -> None:
+    """It never came to know it: its first sync in the pool's own database has failed."""
+    dsn = databases(TENANTS[0])
+    use_all(on_host("web", dsn=dsn, max_conn=1, shares_database=HOME), "a")
+    with closing(psycopg2.connect(dsn)) as conn:
+        me = open_table(conn, "i", "host", 15.0)
+        leave(conn, me, "pool default", [])
+    assert agreed(dsn) == HOME
 
 
 @pytest.mark.parametrize("names", [TENANTS[0], TENANTS[1]])

@@ -230,12 +230,14 @@ class ShareSessions:
         key, wanted = order.key, order.home
         if wanted in ("", key.database):
             return _place(key, "")
+        self._session(wanted)  # before the others are told of it: it may not exist
         session = self._session(key.database)
         try:
             home = share_table.home_of(session.conn, key.scope, order.max_conn, wanted)
         finally:
             self._close_unused(key.database)
         if home != wanted:
+            self._close_unused(wanted)
             text = (
                 "pool %r: its hosts share its limit in database %r, not in %r as is asked for here"
             )

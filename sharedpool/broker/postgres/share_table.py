@@ -104,7 +104,7 @@ UPDATE sharedpool.limits
 SET hosts = array_to_string(array_remove(string_to_array(hosts, ' '), %(instance)s), ' ')
 WHERE role = current_user AND scope = %(scope)s;
 DELETE FROM sharedpool.limits AS empty
-WHERE role = current_user AND scope = %(scope)s AND hosts = ''
+WHERE role = current_user AND scope = %(scope)s AND hosts = '' AND home = ''
   AND NOT EXISTS (SELECT FROM sharedpool.shares AS other
                   WHERE other.role = empty.role AND other.scope = empty.scope);
 """
