@@ -163,6 +163,7 @@ class LocalPool(LocalState):
         if (
             since is not None
             and cache.moving_flag[0]
+            and cache.keep_idle  # else it may not lie idle for a time slice either
             and not cache.returns_due
             and (conn := cache.take_back(lease)) is not None
         ):

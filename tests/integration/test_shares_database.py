@@ -133,7 +133,45 @@ def test_a_database_that_does_not_exist_is_not_agreed_on(
     said = 'the limit is not shared with other hosts: .*database "shares_nowhere" does not exist'
     wait_until(lambda: re.search(said, log_of(runtime_dir / "web")), what="a line in the log")
     with closing(psycopg2.connect(dsn)) as conn:
-        assert ask(conn, "SELECT to_regclass('sharedpool.limits')") is None
+        assert ask(conn, "SELECT count(*) FROM sharedpool.limits") == 0
+
+
+def test_one_limit_that_cannot_be_shared_there_does_not_disturb_another(
+    on_host: MakeHost, databases: MakeDsn, runtime_dir: Path
+) -> None:
+    dsn = databases(TENANTS[0])
+    use_all(on_host("web", dsn=dsn, max_conn=1, name="shared"), "a")
+    wrong = {"dsn": dsn, "max_conn": 1, "name": "wrong", "shares_database": "shares_nowhere"}
+    use_all(on_host("web", **wrong), "a")
+    said = 'the limit is not shared with other hosts: .*database "shares_nowhere" does not exist'
+    wait_until(lambda: re.search(said, log_of(runtime_dir / "web")), what="a line in the log")
+
+
+def test_a_host_that_names_a_database_in_vain_shares_where_the_others_do(
+    on_host: MakeHost, databases: MakeDsn
+) -> None:
+    dsn = databases(TENANTS[0])
+    web = on_host("web", dsn=dsn, max_conn=2)
+    use_all(web, "a")
+    cron = on_host("cron", dsn=dsn, max_conn=2, shares_database="shares_nowhere")
+    use_all(cron, "a")
+    for host in (web, cron):
+        assert host.ask("get", name="x")["error"] == "PoolExhausted"
+
+
+def test_a_host_that_cannot_get_where_the_others_share_opens_nothing(
+    on_host: MakeHost, databases: MakeDsn, server_connection: connection
+) -> None:
+    dsn = databases(TENANTS[0])
+    use_all(on_host("web", dsn=dsn, max_conn=2, shares_database=HOME), "a")
+    with server_connection.cursor() as cursor:
+        cursor.execute(f"ALTER DATABASE {HOME} ALLOW_CONNECTIONS false")
+        cron = on_host("cron", dsn=dsn, max_conn=2, shares_database=HOME)
+        refused = cron.ask("get", name="x", timeout=3)
+        assert "backend" not in refused
+        assert f'database "{HOME}" is not currently accepting connections' in refused["text"]
+        cursor.execute(f"ALTER DATABASE {HOME} ALLOW_CONNECTIONS true")
+    wait_until(lambda: "backend" in cron.ask("get", name="y", timeout=5), 30, "the share")
 
 
 def test_what_the_hosts_have_agreed_on_outlives_a_host_that_leaves(
@@ -156,7 +194,7 @@ def test_a_row_that_is_nonsense_is_not_followed_for_ever(
     own = TENANTS[0]
     for database, scope, home in (
         (own, "pool default", names),
-        (TENANTS[1], f"pool default in {own}", own),
+        (TENANTS[1], f"in {len(own)} {own} pool default", own),
     ):
         with closing(psycopg2.connect(databases(database))) as conn:
             create(conn)

@@ -265,17 +265,18 @@ class Host:
         if fate == "before":
             self._lose(key)
             return
-        age_s = now - self.looked_at
-        if age_s > look_every_s(self.results.get(key)) or age_s >= self.presence.again_s:
-            self.presence.seen(*server.sessions(), now)
+        result, presence = self.results.get(key), self.presence
+        age_s, again_s = now - self.looked_at, math.inf if result is None else result.again_s
+        if age_s > look_every_s(result) or age_s >= again_s:
+            presence.seen(*server.sessions(), now)
             self.looked_at = now
         elif age_s > OLD_S:
-            self.presence = Presence()
+            presence = Presence()
         if server.limit is None:
             server.limit, server.asked = order.max_conn, 0
         rows = server.listed(now)
         before = server.hosts
-        decision = decide_sync(self.instance, order, server.limit_row(now), rows, self.presence)
+        decision = decide_sync(self.instance, order, server.limit_row(now), rows, presence)
         world.forget_early_grants(
             set(before) - set(decision.hosts) - {row.instance for row in rows}
         )

@@ -125,7 +125,7 @@ SHARING_BUGS = (
         (
             (
                 "sharedpool/broker/core/share_sync.py",
-                'presence.judge(" in ".join(order.key),',
+                'presence.judge("\\0".join(order.key),',
                 "presence.judge(order.key.scope,",
             ),
         ),

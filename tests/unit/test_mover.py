@@ -15,12 +15,15 @@ import pytest
 from psycopg2 import extensions
 
 from sharedpool.descriptors.readable import readable
+from sharedpool.descriptors.timer import Timer
 from sharedpool.lane import lane as lanes
 from sharedpool.wire.board import PLACES
 from sharedpool.wire.messages import Release, ReleaseReason
 from sharedpool.wire.values import Phase
+from sharedpool.worker.connection.connection import take_lease
 from sharedpool.worker.connection.handover import SUPPORTED
 from sharedpool.worker.core.lease import Lease, Waiter
+from sharedpool.worker.mover import Mover
 from tests.support.waiting import wait_until
 from tests.unit.mover_driver import DONE, LIVE, READY, Rig, rig
 
@@ -131,6 +134,24 @@ def test_a_checkin_gives_to_who_has_waited_longest(rig: Rig) -> None:
     moved, sock = got
     sock.close()
     assert (moved.request, moved.moves) == (44, 3)
+
+
+@pytest.mark.parametrize("retired", [False, True])
+def test_a_retired_pool_keeps_no_connection_for_a_time_slice(rig: Rig, retired: bool) -> None:
+    rig.give()
+    conn = rig.take()
+    assert conn is not None
+    local, lease = rig.local, rig.lease(conn)
+    local.cache.enter_lane(rig.lane.board.moving_flag)
+    local.membership.mover = Mover(local, rig.wait_sockets, rig.lane, Timer())
+    if retired:
+        local.retire()
+    take_lease(conn)
+    lease.idle_s, now = 0.0, lease.arrived_at + 0.001  # steady use
+    lease.conn, lease.phase = conn, Phase.IDLE
+    local.cache.idle.append(lease)
+    local.after_fast_checkin(lease, now, lease.since)
+    assert list(local.cache.idle) == ([] if retired else [lease])
 
 
 def test_a_connection_with_half_a_message_in_its_buffer_is_not_given(rig: Rig) -> None:

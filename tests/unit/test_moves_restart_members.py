@@ -166,6 +166,17 @@ def test_a_dead_member_holds_nothing(rig: Rig, known: bool) -> None:
     assert {member.session for member in members_of(after.broker)} <= {b"w1", b"w2"}
 
 
+def test_a_silent_member_of_the_present_lane_is_known_to_a_later_broker(rig: Rig) -> None:
+    """It may go on after this broker's end, and receive a connection in this lane."""
+    rig.open_lane()
+    for _ in range(40):
+        rig.broker.pass_time(0.5)
+        for worker in rig.workers[1:]:
+            worker.beat()
+    assert b"w0" not in rig.broker.slots.sessions
+    assert b"w0" in {member.session for member in members_of(rig.broker)}
+
+
 def test_a_dead_members_lease_may_have_moved_on(rig: Rig) -> None:
     """The member gave the connection after the former broker's death, and died; another uses it."""
     rig.proceed()

@@ -105,7 +105,7 @@ class Presence:
         self._cut: dict[
             tuple[str, str, int, int], float
         ] = {}  # the last look before that was known
-        self.again_s = math.inf  # of the last `Judgement`
+        self._again_s = math.inf  # see `Judgement`
 
     def seen(
         self,
@@ -180,7 +180,8 @@ class Presence:
         """
         gone, silent, connected, events = set(), set(), set(), []
         lowered: dict[str, int] = {}
-        self.again_s = math.inf
+        self._again_s = math.inf
+        self._forget_others(scope, rows)
         for row in [] if self._seen_at == -math.inf else rows:
             if (row.pid, row.started_us) in self._brokers.get(row.instance, ()):
                 connected.add(row.instance)
@@ -200,8 +201,16 @@ class Presence:
             frozenset(silent),
             frozenset(connected),
             tuple(events),
-            self.again_s,
+            self._again_s,
         )
+
+    def _forget_others(self, scope: str, rows: Sequence[Listed]) -> None:
+        """Forget what was seen of hosts that have left a limit."""
+        for seen in (self._absent, self._cut):
+            if seen:
+                known = {_key(scope, row) for row in rows}
+                for key in [key for key in seen if key[0] == scope and key not in known]:
+                    del seen[key]
 
     def _most(self, scope: str, row: Listed, mine: frozenset[Session]) -> tuple[int, str]:
         """Return how many slots a host may have in use, and why it is not all of its share."""
@@ -223,12 +232,12 @@ class Presence:
         quiet_s = self._seen_at - absence.since
         needed_s = row.orphaned_s if backends and not backends & mine else GONE_S
         if quiet_s < needed_s:
-            self.again_s = min(self.again_s, needed_s - quiet_s)
+            self._again_s = min(self._again_s, needed_s - quiet_s)
             return row.held, ""
         starting = self._starting if absence.starting is None else absence.starting
         absence.starting = starting & self._starting
         if absence.starting:
-            self.again_s = min(self.again_s, _STARTS_S)
+            self._again_s = min(self._again_s, _STARTS_S)
             return row.held, ""
         return left, f"its broker had no session on the server for {quiet_s:.1f} s"
 

@@ -111,7 +111,7 @@ class LaneMembers:
             lane.board.clear_session(session.index)
             lane.indices.discard(session.index)
             del lane.members[session.member_number]
-            if session.id not in session.pool.former:
+            if session.ended:  # else it may go on, and receive in this lane after our end
                 self._emit(Dismiss(session.id))
             session.member_number, session.index = 0, -1
             session.joined, session.joins_by = False, -math.inf

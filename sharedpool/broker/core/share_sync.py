@@ -50,7 +50,7 @@ def decide_sync(
     mine = next((row for row in rows if row.instance == me), None)
     others = [row for row in rows if row.instance != me]
     # By the database, too: one session may serve several, whose pools have one name.
-    seen = presence.judge(" in ".join(order.key), others, frozenset(order.backends))
+    seen = presence.judge("\0".join(order.key), others, frozenset(order.backends))
     others = [
         row._replace(held=seen.lowered.get(row.instance, row.held))
         for row in others

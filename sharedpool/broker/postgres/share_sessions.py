@@ -13,6 +13,7 @@ for gone from then on.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import select
 import socket
@@ -55,7 +56,8 @@ def _place(key: ShareKey, home: str) -> _Place:
     """Return where a limit is shared whose hosts meet in the database `home`; empty: in its own."""
     if home in ("", key.database):
         return _Place(*key)
-    return _Place(home, scope_name(key.scope, f"in {key.database}"))
+    # With the length, as both names may contain anything: no other limit gets this one.
+    return _Place(home, scope_name("in", f"{len(key.database)} {key.database} {key.scope}"))
 
 
 class _Session:
@@ -68,18 +70,19 @@ class _Session:
         self.looked_at = float("-inf")
         self.results: dict[ShareKey, SyncResult] = {}  # of the last sync of each limit
 
-    def look(self, key: ShareKey) -> None:
-        """See who is on the server, if that is not known from a moment ago.
+    def look(self, key: ShareKey) -> Presence:
+        """See who is on the server, if that is not known from a moment ago; return what is known.
 
         Blocks for a round trip. Raise psycopg2's errors.
         """
-        now = time.monotonic()
-        age_s = now - self.looked_at
-        if age_s > look_every_s(self.results.get(key)) or age_s >= self.presence.again_s:
+        now, result = time.monotonic(), self.results.get(key)
+        age_s, again_s = now - self.looked_at, math.inf if result is None else result.again_s
+        if age_s > look_every_s(result) or age_s >= again_s:
             share_table.look(self.conn, self.presence, now)
             self.looked_at = now
         elif age_s > OLD_S:
-            self.presence = Presence()  # its list says nothing of hosts that came since
+            return Presence()  # the list says nothing of hosts that came since
+        return self.presence
 
 
 class ShareSessions:
@@ -104,6 +107,7 @@ class ShareSessions:
         self._sessions: dict[str, _Session] = {}  # by database
         self._places: dict[ShareKey, _Place] = {}  # of the limits in use
         self._reached = Failed.UNREACHABLE  # how the last connect has failed
+        self._trying = ""  # the database of the session that was wanted last
         self._kept: frozenset[ShareKey] = frozenset()  # shares that outlive this broker
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -193,7 +197,7 @@ class ShareSessions:
 
     def _session(self, database: str) -> _Session:
         """Return the session of a database, opened if there is none. Raise psycopg2's errors."""
-        session = self._sessions.get(database)
+        self._trying, session = database, self._sessions.get(database)
         if session is None:
             conn = self._connect(database)
             try:
@@ -223,21 +227,25 @@ class ShareSessions:
         return conn
 
     def _find_place(self, order: SyncShare) -> _Place:
-        """Return where the hosts of a limit share it. Raise as `open_table` and `home_of` do.
+        """Return where the hosts of a limit share it. Raise `CannotShare`, or psycopg2's errors.
 
         The limit's own database tells that, so that hosts whose settings differ do not count apart.
         """
         key, wanted = order.key, order.home
         if wanted in ("", key.database):
             return _place(key, "")
-        self._session(wanted)  # before the others are told of it: it may not exist
-        session = self._session(key.database)
+        home: str | None = None
         try:
-            home = share_table.home_of(session.conn, key.scope, order.max_conn, wanted)
+            home = share_table.agreed_home(self._session(key.database).conn, key.scope)
+            if home is None:
+                self._session(wanted)  # before the others are told of it: it may not exist
+                conn = self._session(key.database).conn
+                home = share_table.agree_on_home(conn, key.scope, order.max_conn, wanted)
         finally:
             self._close_unused(key.database)
+            if home != wanted:
+                self._close_unused(wanted)
         if home != wanted:
-            self._close_unused(wanted)
             text = (
                 "pool %r: its hosts share its limit in database %r, not in %r as is asked for here"
             )
@@ -257,14 +265,14 @@ class ShareSessions:
             place = self._places.get(key) or self._find_place(order)
             self._places[key] = place
             session = self._session(place.database)
-            session.look(key)
+            presence = session.look(key)
             decision = share_table.sync(
-                session.conn, session.registration, order, session.presence, place.scope
+                session.conn, session.registration, order, presence, place.scope
             )
             result = decision.result
             session.results[key] = result
             if decision.silent:
-                share_table.end_silent(session.conn, session.presence, place.scope, decision.silent)
+                share_table.end_silent(session.conn, presence, place.scope, decision.silent)
         except SharedElsewhere as elsewhere:
             session.results.pop(key, None)
             self._close_unused(place.database)
@@ -276,11 +284,11 @@ class ShareSessions:
                 text = f"database {place.database!r} says that it is shared in {elsewhere.home!r}"
                 self._fail(key, SyncFailure(Failed.UNSHARED, text), order.serial)
         except CannotShare as error:
-            self._fail(key, SyncFailure(Failed.UNSHARED, str(error)), order.serial)
+            self._fail_order(order, Failed.UNSHARED, str(error))
         except psycopg2.Error as error:
             self._fail_by(order, error)
         except UnicodeDecodeError as error:  # an error's text in another encoding
-            self._fail(key, SyncFailure(Failed.REFUSED, error_text(error)), order.serial)
+            self._fail_order(order, Failed.REFUSED, error_text(error))
         except Exception as error:  # any: without this thread nothing more would be granted
             logger.exception("the shares of %r", key.scope)
             self._fail(key, SyncFailure(Failed.LOST, error_text(error)), order.serial)
@@ -290,13 +298,11 @@ class ShareSessions:
             )
 
     def _fail_by(self, order: SyncShare, error: psycopg2.Error) -> None:
-        key = order.key
-        database = self._places.get(key, key)[0]
-        session = self._sessions.get(database)
+        session = self._sessions.get(self._trying)
         if session is None:
             how = self._reached
         elif session.conn.closed:
-            self._lose(database, error)
+            self._lose(self._trying, error)
             how = Failed.LOST
         else:
             how = Failed.LOST
@@ -304,7 +310,18 @@ class ShareSessions:
             how = Failed.UNSHARED
         # Also after the loss of the session: if this was the limit's first sync, it has not been
         # told of that.
-        self._fail(key, SyncFailure(how, error_text(error)), order.serial)
+        self._fail_order(order, how, error_text(error))
+
+    def _fail_order(self, order: SyncShare, how: Failed, why: str) -> None:
+        """Report that a sync has failed.
+
+        Where hosts are known to have agreed on another database, one that it refuses may not count
+        to the limit alone.
+        """
+        key = order.key
+        if self._places.get(key, key) != key and how in (Failed.UNSHARED, Failed.REFUSED):
+            how = Failed.UNREACHABLE
+        self._fail(key, SyncFailure(how, why), order.serial)
 
     def _lose(self, database: str, error: Exception) -> None:
         session = self._sessions.pop(database)
@@ -316,19 +333,22 @@ class ShareSessions:
         self._call_soon(lambda ledger, now: ledger.sharing.failed(key, failure, now, serial))
 
     def _leave(self, key: ShareKey) -> None:
-        place = self._places.pop(key, _Place(*key))
-        session = self._sessions.get(place.database)
-        if session is None:
+        place = self._places.pop(key, None)
+        if place is None:
             return
-        left = session.results.pop(key, None)
+        session = self._sessions.get(place.database)
+        left = None if session is None else session.results.pop(key, None)
         others = [] if left is None else [host.instance for host in left.others]
-        try:
-            share_table.leave(session.conn, session.registration, place.scope, others)
-        except psycopg2.Error as error:
-            logger.info("the share of %r is not given back: %s", key.scope, error_text(error))
-            if session.conn.closed:
-                self._lose(place.database, error)
-                return
+        for _ in range(2):  # the session may have been lost
+            try:
+                session = self._session(place.database)
+                share_table.leave(session.conn, session.registration, place.scope, others)
+                break
+            except (psycopg2.Error, CannotShare, UnicodeDecodeError) as error:
+                logger.info("the share of %r is not given back: %s", key.scope, error_text(error))
+                session = self._sessions.get(place.database)
+                if session is not None and session.conn.closed:
+                    self._lose(place.database, error)
         self._close_unused(place.database)
 
 

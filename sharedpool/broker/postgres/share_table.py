@@ -45,19 +45,16 @@ SELECT max_conn, asked, paused, CASE row_number() OVER () WHEN 1 THEN hosts END,
 FROM sharedpool.limits LEFT JOIN sharedpool.shares USING (role, scope)
 WHERE role = current_user AND scope = %(scope)s
 """
-_FIRST_SQL = """
-ROLLBACK;
-INSERT INTO sharedpool.limits (scope, max_conn) VALUES (%(scope)s, %(max_conn)s)
-ON CONFLICT DO NOTHING
-"""
-_HOME_SQL = """
-BEGIN;
+_INSERT_SQL = """
 INSERT INTO sharedpool.limits (scope, max_conn) VALUES (%(scope)s, %(max_conn)s)
 ON CONFLICT DO NOTHING;
+"""
+_FIRST_SQL = f"ROLLBACK; {_INSERT_SQL}"
+_HOME_SQL = """
 SELECT home, hosts <> '' OR EXISTS (
     SELECT FROM sharedpool.shares AS used
     WHERE used.role = limits.role AND used.scope = limits.scope)
-FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s FOR UPDATE
+FROM sharedpool.limits WHERE role = current_user AND scope = %(scope)s
 """
 _MOVE_SQL = """
 UPDATE sharedpool.limits SET home = %(home)s WHERE role = current_user AND scope = %(scope)s;
@@ -122,15 +119,26 @@ class SharedElsewhere(Exception):
         self.home = home
 
 
-def home_of(conn: connection, scope: str, max_conn: int, wanted: str) -> str:
+def agreed_home(conn: connection, scope: str) -> str | None:
     """Return the database in which the hosts of a limit share it; empty: the session's own.
 
-    The first host decides, for good. It is `wanted`, unless hosts share the limit here already or
-    have agreed on another one. Blocks for two round trips. Raise psycopg2's errors.
+    None: nothing is agreed yet. Blocks for a round trip. Raise psycopg2's errors.
+    """
+    with conn.cursor() as cursor:
+        cursor.execute(_HOME_SQL, {"scope": scope})
+        home, is_used = cursor.fetchone() or ("", False)
+    return str(home) if home or is_used else None
+
+
+def agree_on_home(conn: connection, scope: str, max_conn: int, wanted: str) -> str:
+    """Agree on the database `wanted`, unless something else is agreed by now; return what is.
+
+    The first host decides, for good. Blocks for two round trips. Raise psycopg2's errors.
     """
     with conn.cursor() as cursor:
         try:
-            cursor.execute(_HOME_SQL, {"scope": scope, "max_conn": max_conn})
+            parameters = {"scope": scope, "max_conn": max_conn}
+            cursor.execute(f"BEGIN; {_INSERT_SQL} {_HOME_SQL} FOR UPDATE", parameters)
             home, is_used = cursor.fetchone() or ("", True)
             if not (home or is_used):
                 home = wanted
@@ -226,17 +234,20 @@ def _lock(cursor: Any, scope: str, max_conn: int) -> list[Any]:
 
 def leave(conn: connection, me: Registration, scope: str, to_wake: Iterable[str]) -> None:
     """Give a share back, and wake the other hosts. Raise psycopg2's errors."""
+    names = tuple(to_wake)
+    parameters = {
+        "scope": scope,
+        "instance": me.instance,
+        "channel": CHANNEL,
+        "payload": _payload(scope, names, HostShare(me.instance, 0, 0)),
+    }
     with conn.cursor() as cursor:
-        names = tuple(to_wake)
-        cursor.execute(
-            _LEAVE_SQL + _notify_sql(names) + "COMMIT",
-            {
-                "scope": scope,
-                "instance": me.instance,
-                "channel": CHANNEL,
-                "payload": _payload(scope, names, HostShare(me.instance, 0, 0)),
-            },
-        )
+        try:
+            cursor.execute(_LEAVE_SQL + _notify_sql(names) + "COMMIT", parameters)
+        except BaseException:
+            if not conn.closed:  # other limits use the session
+                cursor.execute("ROLLBACK")
+            raise
 
 
 def look(conn: connection, presence: Presence, now: float) -> None:

@@ -105,7 +105,8 @@ class Cache:
         """
         if not self.remove_idle(lease):
             return None
-        conn, lease.conn, lease.phase = lease.conn, None, Phase.IN_USE
+        # In this order: an idle lease without a connection would be nobody's for ever.
+        conn, lease.phase, lease.conn = lease.conn, Phase.IN_USE, None
         return conn
 
     def note_retirement(self, retire_at: float) -> None:
