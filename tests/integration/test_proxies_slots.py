@@ -158,12 +158,11 @@ def test_a_control_connection_that_the_proxy_ends_is_made_anew(runtime_dir: Path
             assert "backend" in worker.ask("get", name="c", timeout=10)
             worker.ask("put", name="c", close=True)
             wait_until(lambda: fetch_report(broker.address).leases == 0, what="the slot to be free")
-            assert _controls(server)
+            wait_until(lambda: _controls(server), what="another control connection")
 
 
 def _end_controls(server: EphemeralPostgres, orders: Path) -> None:
-    former = _controls(server)
-    assert former
+    former = wait_until(lambda: _controls(server), what="a control connection")
     proxies.shut_down_sessions(orders)
     wait_until(lambda: not former & _controls(server), what="the control connection's end")
 
