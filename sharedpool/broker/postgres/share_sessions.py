@@ -107,6 +107,7 @@ class ShareSessions:
         self._sessions: dict[str, _Session] = {}  # by database
         self._places: dict[ShareKey, _Place] = {}  # of the limits in use
         self._reached = Failed.UNREACHABLE  # how the last connect has failed
+        self._said: set[tuple[ShareKey, str]] = set()  # which limits are shared elsewhere
         self._trying = ""  # the database of the session that was wanted last
         self._kept: frozenset[ShareKey] = frozenset()  # shares that outlive this broker
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -245,7 +246,8 @@ class ShareSessions:
             self._close_unused(key.database)
             if home != wanted:
                 self._close_unused(wanted)
-        if home != wanted:
+        if home != wanted and (key, home) not in self._said:
+            self._said.add((key, home))
             text = (
                 "pool %r: its hosts share its limit in database %r, not in %r as is asked for here"
             )
