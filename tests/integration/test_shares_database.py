@@ -127,24 +127,29 @@ def test_the_pools_own_name_is_as_good_as_none(on_host: MakeHost, databases: Mak
 def test_a_database_that_does_not_exist_is_not_agreed_on(
     on_host: MakeHost, databases: MakeDsn, runtime_dir: Path
 ) -> None:
+    """The first host with that setting shares in the pool's own database, as one without does."""
     dsn = databases(TENANTS[0])
-    web = on_host("web", dsn=dsn, max_conn=1, shares_database="shares_nowhere")
+    web = on_host("web", dsn=dsn, max_conn=2, shares_database="shares_nowhere")
     use_all(web, "a")
-    said = 'the limit is not shared with other hosts: .*database "shares_nowhere" does not exist'
+    said = f"in database {TENANTS[0]!r}, not in 'shares_nowhere' as asked for: .* does not exist"
     wait_until(lambda: re.search(said, log_of(runtime_dir / "web")), what="a line in the log")
-    with closing(psycopg2.connect(dsn)) as conn:
-        assert ask(conn, "SELECT count(*) FROM sharedpool.limits") == 0
+    cron = on_host("cron", dsn=dsn, max_conn=2)
+    use_all(cron, "a")
+    for host in (web, cron):
+        assert host.ask("get", name="x")["error"] == "PoolExhausted"
+    assert agreed(dsn) == ""
 
 
 def test_one_limit_that_cannot_be_shared_there_does_not_disturb_another(
-    on_host: MakeHost, databases: MakeDsn, runtime_dir: Path
+    on_host: MakeHost, databases: MakeDsn
 ) -> None:
     dsn = databases(TENANTS[0])
     use_all(on_host("web", dsn=dsn, max_conn=1, name="shared"), "a")
     wrong = {"dsn": dsn, "max_conn": 1, "name": "wrong", "shares_database": "shares_nowhere"}
     use_all(on_host("web", **wrong), "a")
-    said = 'the limit is not shared with other hosts: .*database "shares_nowhere" does not exist'
-    wait_until(lambda: re.search(said, log_of(runtime_dir / "web")), what="a line in the log")
+    for name in ("shared", "wrong"):
+        again = on_host("cron", dsn=dsn, max_conn=1, name=name)
+        assert again.ask("get", name="x")["error"] == "PoolExhausted"
 
 
 def test_a_host_that_names_a_database_in_vain_shares_where_the_others_do(

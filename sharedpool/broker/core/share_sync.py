@@ -50,7 +50,8 @@ def decide_sync(
     mine = next((row for row in rows if row.instance == me), None)
     others = [row for row in rows if row.instance != me]
     # By the database, too: one session may serve several, whose pools have one name.
-    seen = presence.judge("\0".join(order.key), others, frozenset(order.backends))
+    backends = frozenset(order.backends)
+    seen = presence.judge("\0".join(order.key), others, backends)
     others = [
         row._replace(held=seen.lowered.get(row.instance, row.held))
         for row in others
@@ -63,8 +64,7 @@ def decide_sync(
     paused = limit.paused if change.paused is None else change.paused
     bounded = _is_bounded(me, order, rows, missing)
     known = [me, *(row.instance for row in rows)]
-    mine_now = frozenset(order.backends)
-    taken = presence.strangers(order.pool, order.key.database, known, mine_now)
+    taken = presence.strangers(order.pool, order.key.database, known, backends)
     division = decide(
         # While paused, nobody may hold more than it has in use.
         0 if paused else max(0, max_conn - taken),
@@ -103,7 +103,7 @@ def decide_sync(
         division.asked,
         tuple(seen.gone),
         seen.lowered,
-        presence.unnamed(me, order.backends),
+        presence.unnamed(me, backends),
         tuple(silent) if division.lacking else (),
         tuple(x.instance for x in others) if is_changed else division.to_wake,
         tuple(sorted({me, *missing, *(x.instance for x in others if _is_name(x.instance))})),

@@ -235,11 +235,14 @@ class ShareSessions:
         key, wanted = order.key, order.home
         if wanted in ("", key.database):
             return _place(key, "")
-        home: str | None = None
+        home, why = None, "they have agreed on that"
         try:
             home = share_table.agreed_home(self._session(key.database).conn, key.scope)
-            if home is None:
-                self._session(wanted)  # before the others are told of it: it may not exist
+            # This host uses the database before it tells the others. It agrees on none that it
+            # cannot use, and does not count alone: hosts without the setting share here.
+            if home is None and (trouble := self._trouble_with(wanted)):
+                home, why = "", trouble
+            elif home is None:
                 conn = self._session(key.database).conn
                 home = share_table.agree_on_home(conn, key.scope, order.max_conn, wanted)
         finally:
@@ -248,11 +251,17 @@ class ShareSessions:
                 self._close_unused(wanted)
         if home != wanted and (key, home) not in self._said:
             self._said.add((key, home))
-            text = (
-                "pool %r: its hosts share its limit in database %r, not in %r as is asked for here"
-            )
-            logger.warning(text, order.pool, home or key.database, wanted)
+            text = "pool %r: its hosts share its limit in database %r, not in %r as asked for: %s"
+            logger.warning(text, order.pool, home or key.database, wanted, why)
         return _place(key, home)
+
+    def _trouble_with(self, database: str) -> str:
+        """Return why a database cannot be used to share limits; empty if it can."""
+        try:
+            self._session(database)
+        except (psycopg2.Error, CannotShare, UnicodeDecodeError) as error:
+            return error_text(error)
+        return ""
 
     def _close_unused(self, database: str) -> None:
         """Close a session in which nothing is shared: nobody is kept from dropping the database."""
@@ -341,7 +350,7 @@ class ShareSessions:
         session = self._sessions.get(place.database)
         left = None if session is None else session.results.pop(key, None)
         others = [] if left is None else [host.instance for host in left.others]
-        for _ in range(2):  # the session may have been lost
+        for _ in range(1 if session is None else 2):  # it may have been lost unnoticed
             try:
                 session = self._session(place.database)
                 share_table.leave(session.conn, session.registration, place.scope, others)
