@@ -17,6 +17,7 @@ from sharedpool.cli.client import fetch_report
 from sharedpool.wire.reports import PoolReport
 from sharedpool.worker.connection.handover import SUPPORTED
 from tests.support import automatic_broker, documents, proxies
+from tests.support.certified_server import PASSWORD, Certified, certified
 from tests.support.ports import free_port
 from tests.support.processes import BackendSampler, workers
 from tests.support.waiting import wait_until
@@ -44,9 +45,9 @@ def method(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def far(method: str) -> Iterator[proxies.Certified]:
+def far(method: str) -> Iterator[Certified]:
     assert f"`hostssl app app 10.0.0.0/8 {method}`" in _SECTION
-    with proxies.certified(NAME_OF_SERVER, method) as server:
+    with certified(NAME_OF_SERVER, method) as server:
         yield server
 
 
@@ -56,9 +57,7 @@ def accept(method: str, runtime_dir: Path) -> str | Path:
     return f"{proxies.HOST}:{port}" if method == "password" else runtime_dir / f".s.PGSQL.{port}"
 
 
-def endpoint(
-    far: proxies.Certified, accept: str | Path, **more: object
-) -> AbstractContextManager[None]:
+def endpoint(far: Certified, accept: str | Path, **more: object) -> AbstractContextManager[None]:
     """The guide's endpoint, in front of this server."""
     here = {
         "accept": accept,
@@ -75,13 +74,13 @@ def endpoint(
 def by(accept: str | Path, **more: str) -> str:
     """The guide's DSN, by this endpoint."""
     if isinstance(accept, str):
-        return make_dsn(DSN, port=accept.rpartition(":")[2], password=proxies.PASSWORD, **more)
+        return make_dsn(DSN, port=accept.rpartition(":")[2], password=PASSWORD, **more)
     return make_dsn(DSN, host=str(accept.parent), port=accept.suffix.removeprefix("."), **more)
 
 
 @pytest.mark.long_variants
 def test_under_tls_nobody_is_let_into_a_lane_in_which_nothing_could_move(
-    far: proxies.Certified,
+    far: Certified,
 ) -> None:
     """It costs each process some descriptors."""
     with (
@@ -98,14 +97,14 @@ def test_under_tls_nobody_is_let_into_a_lane_in_which_nothing_could_move(
 
 
 @pytest.fixture
-def dsn(far: proxies.Certified, accept: str | Path) -> Iterator[str]:
+def dsn(far: Certified, accept: str | Path) -> Iterator[str]:
     with endpoint(far, accept):
         yield by(accept)
 
 
 @pytest.fixture(params=["automatic", "past the endpoint"])
 def broker(
-    request: pytest.FixtureRequest, far: proxies.Certified, dsn: str, runtime_dir: Path
+    request: pytest.FixtureRequest, far: Certified, dsn: str, runtime_dir: Path
 ) -> Iterator[str | None]:
     """The address of a broker whose control connection goes past the endpoint; None: nobody names
     one, so by it."""
@@ -131,7 +130,7 @@ def report(broker: str | None) -> PoolReport:
     return pool
 
 
-def look(far: proxies.Certified, sql: str, *values: object) -> list[object]:
+def look(far: Certified, sql: str, *values: object) -> list[object]:
     """The first column of what the server says."""
     with closing(psycopg2.connect(far.near_dsn)) as conn, conn.cursor() as cursor:
         cursor.execute(sql, values)
@@ -140,7 +139,7 @@ def look(far: proxies.Certified, sql: str, *values: object) -> list[object]:
 
 @pytest.mark.long_variants
 def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
-    far: proxies.Certified, dsn: str, broker: str | None, tmp_path: Path
+    far: Certified, dsn: str, broker: str | None, tmp_path: Path
 ) -> None:
     stop = tmp_path / "stop"
     with (
@@ -173,7 +172,7 @@ def test_connections_move_between_processes_and_the_server_sees_them_encrypted(
 @pytest.mark.long_variants(first=2)
 @pytest.mark.parametrize("doing", ["idle", "in a query"])
 def test_a_killed_workers_slot_comes_back(
-    doing: str, far: proxies.Certified, dsn: str, broker: str | None
+    doing: str, far: Certified, dsn: str, broker: str | None
 ) -> None:
     with (
         workers(2, dsn=dsn, broker=broker, max_conn=1, name=POOL) as (victim, waiter),
@@ -194,7 +193,7 @@ def test_a_killed_workers_slot_comes_back(
     assert sampler.peak == 1
 
 
-def test_the_endpoint_connects_to_nobody_else(far: proxies.Certified, accept: str | Path) -> None:
+def test_the_endpoint_connects_to_nobody_else(far: Certified, accept: str | Path) -> None:
     """Whose certificate another CA has signed, or that names another host."""
     for wrong in ({"CAfile": far.keys / "stranger.crt"}, {"checkHost": "other.example.com"}):
         with (
@@ -204,9 +203,7 @@ def test_the_endpoint_connects_to_nobody_else(far: proxies.Certified, accept: st
             psycopg2.connect(by(accept))
 
 
-def test_libpq_itself_refuses_scram_through_an_endpoint(
-    far: proxies.Certified, accept: str | Path
-) -> None:
+def test_libpq_itself_refuses_scram_through_an_endpoint(far: Certified, accept: str | Path) -> None:
     """As the guide says; should a libpq do it one day, the guide can be shorter."""
     said = "server offered SCRAM-SHA-256-PLUS authentication over a non-SSL connection"
     assert said in " ".join(_SECTION.split())
