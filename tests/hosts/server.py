@@ -4,8 +4,6 @@ The test itself reaches a server through its unix socket, which no cut cable and
 the way of.
 """
 
-import shutil
-import subprocess
 import time
 from subprocess import DEVNULL, Popen
 
@@ -15,6 +13,7 @@ from psycopg2 import extensions
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from tests.faults import server_log
 from tests.hosts.network import NETMASK, PREFIX, Cable, NetworkNamespace, Switch
+from tests.support import replica
 from tests.support.waiting import wait_until
 
 PORT = 5432
@@ -81,49 +80,14 @@ class Standby(LabServer):
         self._primary = primary
 
     def _create(self) -> None:
-        """Copy the primary while it runs, by the server's own functions for that.
-
-        Its programs for that may not be there.
-        """
         super()._create()
-        shutil.rmtree(self.data_dir)
-        connection = self._primary.observer()
-        try:
-            with connection.cursor() as cursor:
-                new = connection.server_version >= 150000
-                start, stop = (
-                    ("pg_backup_start(%s, true)", "pg_backup_stop(false)")
-                    if new
-                    else ("pg_start_backup(%s, true, false)", "pg_stop_backup(false, false)")
-                )
-                cursor.execute(f"SELECT {start}", ["standby"])
-                # By `cp`: files may vanish and change meanwhile, and keep their owner and mode.
-                subprocess.run(
-                    ["cp", "-a", str(self._primary.data_dir), str(self.data_dir)],
-                    check=False,
-                    stderr=DEVNULL,
-                )
-                cursor.execute(f"SELECT labelfile FROM {stop}")
-                (label,) = cursor.fetchone() or ("",)
-        finally:
-            connection.close()
-        for name in ("postmaster.pid", "postmaster.opts"):
-            (self.data_dir / name).unlink(missing_ok=True)
-        for entry in (self.data_dir / "pg_wal").iterdir():
-            if entry.is_file():
-                entry.unlink()  # half written; the replica has them sent
-        self._own("backup_label", label)
-        self._own("standby.signal", "")
-        with (self.data_dir / "postgresql.conf").open("a") as file:
-            file.write(f"listen_addresses = '{self.address}'\n")
-            file.write(f"unix_socket_directories = '{self.directory}'\n")
-            file.write(f"primary_conninfo = 'host={self._primary.address} user=postgres'\n")
-
-    def _own(self, name: str, text: str) -> None:
-        path = self.data_dir / name
-        path.write_text(text)
-        if self._account:
-            shutil.chown(path, *self._account)
+        address = self._primary.address
+        replica.copy(
+            self._primary,
+            self,
+            listen_addresses=self.address,
+            primary_conninfo=f"host={address} user=postgres",
+        )
 
     def wait_until_it_streams(self) -> None:
         """Wait until all that the primary has written by now is here."""
@@ -144,11 +108,5 @@ class Standby(LabServer):
 
     def promote(self) -> float:
         """Make it a server that writes; return when it was one."""
-        connection = self.observer()
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_promote(true, 60)")
-                assert cursor.fetchone() == (True,), "the replica was not promoted"
-        finally:
-            connection.close()
+        replica.promote(self)
         return time.monotonic()

@@ -2,59 +2,24 @@
 survives."""
 
 import logging
-import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psycopg2
 import pytest
 from psycopg2.extensions import connection, make_dsn
 
-from sharedpool.broker.core.commands import Command, Fence
-from sharedpool.broker.postgres.control import Control
+from sharedpool.broker.core.commands import Fence
 from sharedpool.broker.postgres.control_connection import ControlConnection
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
 from sharedpool.wire.values import Backend, Token
+from tests.integration.control_driver import running
 from tests.support.refusing_server import RefusingServer
 from tests.support.sql import backend_of
 from tests.support.waiting import wait_until
-
-
-class Listener:
-    """Stands for the ledger: notes whose backends are said to be gone."""
-
-    def __init__(self) -> None:
-        self.gone: queue.SimpleQueue[Token] = queue.SimpleQueue()
-        self.control = self  # the part of the ledger that is told of the control connection
-
-    def reached(self, now: float, *, direct: bool, fault: str) -> list[Command]:
-        return []
-
-    def limited(self, now: float, *, role: str, limit: int | None) -> list[Command]:
-        return []
-
-    def backend_gone(self, token: Token, now: float) -> list[Command]:
-        self.gone.put(token)
-        return []
-
-
-@contextmanager
-def running(dsn: str) -> Iterator[tuple[Control, Listener]]:
-    listener = Listener()
-
-    def tell(word: Callable[[Any, float], list[Command]]) -> None:
-        word(listener, 0.0)
-
-    control = Control(dsn, None, "0badcafe", tell)
-    control.start()
-    try:
-        yield control, listener
-    finally:
-        control.stop()
 
 
 @contextmanager

@@ -213,4 +213,26 @@ BROKER_BUGS = (
         ),
         ("tests/unit/test_connect_refusals.py",),
     ),
+    Mutant(
+        "a server is known by its address alone",
+        (
+            (
+                "sharedpool/broker/postgres/control_connection.py",
+                "if system is not None:",
+                "if False:",
+            ),
+        ),
+        ("tests/integration/test_server_replaced.py",),
+    ),
+    Mutant(
+        "a copy of the database takes the place of the real one",
+        (
+            (
+                "sharedpool/broker/postgres/control_connection.py",
+                'f"primary of {system} at {hosts}"',
+                'f"primary of {system}"',
+            ),
+        ),
+        ("tests/integration/test_server_replaced.py",),
+    ),
 )

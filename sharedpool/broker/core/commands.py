@@ -55,9 +55,12 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ServerIncarnation(NamedTuple):
-    """A server from start to stop: the control connection's address, and the start time."""
+    """A server from start to stop: its address, or whose primary it is, and the start time.
 
-    route: str
+    Of two with the same name the later one has replaced the other, whose backends are gone.
+    """
+
+    name: str
     boot_us: int
 
 

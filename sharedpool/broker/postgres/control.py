@@ -103,7 +103,7 @@ class Control:
         self._instance = instance
         self._call_soon = call_soon
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._fencing = Fencing(self._report_gone, self._has_restarted_since)
+        self._fencing = Fencing(self._report_gone, self._is_server_gone)
         self._surveys: list[SurveyServer] = []
         self._noted_servers: set[int] = set()  # start times of servers that workers have been on
         self._needed = True
@@ -370,8 +370,8 @@ class Control:
         survey = SurveyResult(request.serial, starting, tagged, databases)
         self._call_soon(lambda ledger, now: ledger.control.surveyed(survey, now))
 
-    def _has_restarted_since(self, backend: Backend) -> bool:
-        return self.connection is not None and self.connection.has_restarted_since(backend)
+    def _is_server_gone(self, backend: Backend) -> bool:
+        return self.connection is not None and self.connection.is_server_gone(backend)
 
     def _report_gone(self, token: Token) -> None:
         self._call_soon(lambda ledger, now: ledger.backend_gone(token, now))

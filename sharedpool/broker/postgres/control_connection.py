@@ -29,6 +29,8 @@ logger = logging.getLogger("sharedpool.broker")
 
 # How often two sessions behind a pooler are compared.
 _COMPARISONS = 3
+# How often a server that is no primary is asked whether it has become one.
+_PROMOTED_S = 1.0
 
 
 class ControlConnection:
@@ -56,7 +58,9 @@ class ControlConnection:
         self._seen = set(seen)  # every server that this connection, or a former broker's, was on
         self._leadership = leadership
         self._room = 0
-        self._route = ""  # the server's address, as the server sees it
+        # The server's address, as the server sees it, and whose primary it is.
+        self._names: tuple[str, ...] = ()
+        self._named_at = -math.inf
         self._fault = ""  # what makes the way to the server unsuitable
         self._lost = ""  # the error that ended the last connection, until there is a new one
         self.boot_us = 0  # when the server was started
@@ -138,13 +142,19 @@ class ControlConnection:
             self.close(f"unreachable: {error_text(error)}")
         return self.conn is not None and self.boot_us == known
 
-    def has_restarted_since(self, backend: Backend) -> bool:
-        """Return True if a backend's server is known to be gone.
+    def is_server_gone(self, backend: Backend) -> bool:
+        """Return True if a backend's server is known to be gone. Raise psycopg2's errors.
 
-        We saw that server ourselves, by this route, and now another incarnation answers there.
+        We saw that server ourselves, and now another incarnation answers at its address, or is
+        the primary in its place. A server that was shut off from everybody and lives on may keep
+        the backend for a while; the limit protects the one that has taken its place.
         """
-        then = ServerIncarnation(self._route, backend.boot_us)
-        return backend.boot_us != self.boot_us and then in self._seen
+        if self._is_seen_before(backend):
+            return True
+        if self.conn is None or time.monotonic() < self._named_at + _PROMOTED_S:
+            return False
+        self._identify(self.conn)  # the replica that we are on may have been promoted since
+        return self._is_seen_before(backend)
 
     def claim(self, now: float) -> None:
         """Take the leadership lock, or note who has it.
@@ -231,14 +241,37 @@ class ControlConnection:
         self.conn = conn
         conn.autocommit = True
         statements.lift_limits(conn)
-        self.boot_us, self._route = statements.server_of(conn)
-        server = ServerIncarnation(self._route, self.boot_us)
-        if server not in self._seen:
-            self._seen.add(server)
-            self._call_soon(lambda ledger, now: [RecordServer(server)])
+        self._identify(conn)
         self._room = statements.room_of(conn)
         self.state = "connected"
         self.claim(time.monotonic())
+
+    def _identify(self, conn: connection) -> None:
+        """Find out which server a connection is on, and have that recorded."""
+        self.boot_us, address = statements.server_of(conn)
+        if not address:  # its socket is in the file system; several servers may have one there
+            address = f"{conn.info.host}:{conn.info.port}"
+        self._names = (address,)
+        system = statements.system_of_primary(conn)
+        if system is not None:
+            # A copy of the database has the identifier too: it takes the other's place only if
+            # the same connection string leads to it.
+            given = conn.info.dsn_parameters
+            hosts = f"{given.get('host', '')}:{given.get('port', '')}"
+            self._names = (address, f"primary of {system} at {hosts}")
+        self._named_at = time.monotonic()
+        for name in self._names:
+            self._record(ServerIncarnation(name, self.boot_us))
+
+    def _record(self, server: ServerIncarnation) -> None:
+        if server not in self._seen:
+            self._seen.add(server)
+            self._call_soon(lambda ledger, now: [RecordServer(server)])
+
+    def _is_seen_before(self, backend: Backend) -> bool:
+        return backend.boot_us != self.boot_us and any(
+            ServerIncarnation(name, backend.boot_us) in self._seen for name in self._names
+        )
 
 
 def error_text(error: Exception) -> str:

@@ -66,13 +66,15 @@ class _Job:
 class Fencing:
     """The backends that are to be gone.
 
-    `done(token)` is called when a slot is free. `restarted(backend)` returns True if the server
-    that a backend was on is known to have been restarted since.
+    `done(token)` is called when a slot is free. `is_server_gone(backend)` returns True if the
+    server that a backend was on is known to have been restarted, or replaced, since.
     """
 
-    def __init__(self, done: Callable[[Token], None], restarted: Callable[[Backend], bool]) -> None:
+    def __init__(
+        self, done: Callable[[Token], None], is_server_gone: Callable[[Backend], bool]
+    ) -> None:
         self._done = done
-        self._restarted = restarted
+        self._is_server_gone = is_server_gone
         self._jobs: dict[Token, _Job] = {}
         self._powerless = False
 
@@ -166,13 +168,13 @@ class Fencing:
     def _comparable(self, job: _Job, boot_us: int) -> Backend | None:
         """Return a job's backend if this server can tell whether it is gone.
 
-        If the server was restarted the job is finished.
+        If the server was restarted or replaced the job is finished.
         """
         backend = job.fence.backend
         if backend is not None and backend.start_us and backend.boot_us == boot_us:
             return backend
-        if backend is not None and self._restarted(backend):
-            self._finish(job, "server restarted")
+        if backend is not None and self._is_server_gone(backend):
+            self._finish(job, "is gone with its server")
         elif not job.warned:
             job.warned = True
             text = (

@@ -18,8 +18,10 @@ from sharedpool.wire.values import Backend
 
 _SERVER_SQL = """
 SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
-       coalesce(host(inet_server_addr()), '') || ':' || coalesce(inet_server_port(), 0)
+       coalesce(host(inet_server_addr()) || ':' || inet_server_port(), '')
 """
+# A role may be kept from pg_control_system().
+_SYSTEM_SQL = "SELECT system_identifier FROM pg_control_system() WHERE NOT pg_is_in_recovery()"
 _ROOM_SQL = """
 SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
 FROM pg_settings
@@ -132,12 +134,29 @@ def itself(conn: connection) -> bytes | None:
 
 
 def server_of(conn: connection) -> tuple[int, str]:
-    """Return when the server was started, in microseconds since 1970, and its own address."""
+    """Return when the server was started, in microseconds since 1970, and its own address.
+
+    The address is empty on a unix socket.
+    """
     with conn.cursor() as cursor:
         cursor.execute(_SERVER_SQL)
         row = cursor.fetchone()
         assert row is not None
         return row[0], row[1]
+
+
+def system_of_primary(conn: connection) -> int | None:
+    """Return the identifier that a primary shares with its replicas.
+
+    Return None on a replica, and where the role may not ask, or the server does not know it.
+    """
+    with conn.cursor() as cursor:
+        try:
+            cursor.execute(_SYSTEM_SQL)
+        except (psycopg2.ProgrammingError, psycopg2.NotSupportedError):
+            return None
+        row = cursor.fetchone()
+        return None if row is None else int(row[0])
 
 
 def lift_limits(conn: connection) -> None:

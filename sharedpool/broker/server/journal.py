@@ -32,8 +32,8 @@ logger = logging.getLogger("sharedpool.broker")
 # The file is rewritten when it has grown by this much. The live leases are few.
 _COMPACT_BYTES = 1 << 20
 _VERSION = 2
-# Older servers than the last so many have no lease left.
-_SERVERS_KEPT = 16
+# Older servers than the last so many have no lease left. Each may have two names.
+_SERVERS_KEPT = 32
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
