@@ -12,6 +12,9 @@ from sharedpool.wire.messages import Bye, Hello, ToBroker, ToWorker, Welcome
 
 # Before the first WELCOME, which says how often the broker expects a heartbeat.
 _FIRST_BEAT_S = 1.0
+# Heartbeats are sent at whole seconds of the machine's clock, if they are rarer than this: the
+# broker then wakes once for those of many processes, and most of what they cost it is to wake up.
+_TOGETHER_S = 2.0
 
 
 class Endpoint(Protocol):
@@ -96,6 +99,8 @@ class Registration:
         """Queue a heartbeat. The next one comes later if nothing is held."""
         self.pause_s = self._beat_s if self.endpoint.beat() else self._rest_s
         self.due = now + self.pause_s
+        if self.pause_s >= _TOGETHER_S:
+            self.due = float(int(self.due))
 
     def interrupted(self, trouble: str) -> None:
         """Record that the broker cannot be reached: HELLO is sent again as soon as possible."""
