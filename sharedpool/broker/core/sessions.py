@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
+from operator import attrgetter
 
 from sharedpool.broker.core.commands import Forget, Process, Send, Watch
 from sharedpool.broker.core.context import Context
@@ -82,9 +82,9 @@ class Sessions:
         self._reconciler = reconciler
         self._moves = moves
         self._sharing = sharing
-        # Sessions that are neither suspect nor ended, the longest unheard first: one alarm, for the
-        # first of them, watches all.
-        self._not_silent: OrderedDict[bytes, Session] = OrderedDict()
+        # Sessions that are neither suspect nor ended. One alarm, for the one that was unheard for
+        # longest when it was set, watches all: a message changes nothing but its session.
+        self._not_silent: dict[bytes, Session] = {}
         self._alarm: Alarm | None = None
 
     # --- HELLO
@@ -199,12 +199,11 @@ class Sessions:
     def heard_from(self, session: Session, now: float) -> None:
         """Record that a session has sent a message."""
         session.heard_at = now
-        if session.ended:
+        if (session.state is LIVE and session.id in self._not_silent) or session.ended:
             return
         if session.state is not LIVE:
             self._slots.move_session(session, LIVE)
         self._not_silent[session.id] = session
-        self._not_silent.move_to_end(session.id)
         if self._alarm is None:
             self._watch_until(now + self._terms.ttl_s)
 
@@ -220,8 +219,9 @@ class Sessions:
     def _silence_due(self, _: None, now: float) -> None:
         """Suspect the sessions that have been silent for the TTL, and watch for the next one."""
         self._alarm = None
-        while self._not_silent:
-            session = next(iter(self._not_silent.values()))
+        for session in sorted(self._not_silent.values(), key=attrgetter("heard_at")):
+            if session.id not in self._not_silent:
+                continue  # it was ended together with another one
             due_at = session.heard_at + self._terms.ttl_s
             if due_at > now:
                 self._watch_until(due_at)
