@@ -70,32 +70,53 @@ def test_a_backend_is_gone_with_the_primary_that_another_has_replaced(
     assert f"backend {pair.backend.pid} is gone with its server" in caplog.text
 
 
+def opened(dsn: str, listener: Listener) -> ControlConnection:
+    """Return a control connection of a broker whose journal has what the listener was told."""
+    control = ControlConnection(
+        dsn, None, listener.call_soon, [*listener.servers], leadership=None, maintenance=False
+    )
+    control.open()
+    return control
+
+
 def test_a_later_broker_knows_which_primary_was_replaced_but_not_by_a_copy(pair: Pair) -> None:
     """The copy has the same identifier, and the connection string does not lead from the one to
     the other: a program's test database may be made of the backup of its real one."""
     listener = Listener()
-    first = ControlConnection(
-        pair.dsn(), None, listener.call_soon, [], leadership=None, maintenance=False
-    )
-    first.open()
-    first.close("over")
-    seen = [*listener.servers]
-    assert [server.boot_us for server in seen] == [pair.backend.boot_us] * 2  # its two names
+    opened(pair.dsn(), listener).close("over")
+    assert [each.boot_us for each in listener.servers] == [pair.backend.boot_us] * 2  # two names
     pair.primary.shutdown("immediate")
     promote(pair.replica)
-    for dsn, gone in ((pair.dsn(), True), (pair.replica.dsn, False)):
-        later = ControlConnection(
-            dsn, None, listener.call_soon, seen, leadership=None, maintenance=False
-        )
-        later.open()
-        assert later.is_server_gone(pair.backend) is gone
-        later.close("over")
+    copy = opened(pair.replica.dsn, listener)
+    assert not copy.is_server_gone(pair.backend)
+    copy.close("over")
+    later = opened(pair.dsn(), listener)
+    assert later.is_server_gone(pair.backend)
+    later.close("over")
+
+
+def test_a_former_primary_that_starts_again_replaces_nobody(pair: Pair) -> None:
+    """It was started later, and its timeline is the older one."""
+    listener = Listener()
+    opened(pair.dsn(), listener).close("over")
+    pair.primary.shutdown("immediate")
+    promote(pair.replica)
+    opened(pair.dsn(), listener).close("over")
+    conn = psycopg2.connect(pair.replica.dsn)
+    new = backend_of(conn)
+    pair.primary.start()
+    control = opened(pair.dsn(), listener)  # the first host that it names answers
+    assert control.boot_us > new.boot_us
+    assert not control.is_server_gone(new)
+    assert control.is_server_gone(pair.backend)  # of its former incarnation
+    control.close("over")
+    conn.close()
 
 
 def test_a_role_that_may_not_ask_whose_primary_it_is_does_without(
     postgres: EphemeralPostgres, server_connection: connection
 ) -> None:
-    assert statements.system_of_primary(server_connection) is not None
+    assert statements.server_of(server_connection).system is not None
     with server_connection.cursor() as cursor:
         cursor.execute("DROP ROLE IF EXISTS incurious")
         cursor.execute("CREATE ROLE incurious LOGIN")

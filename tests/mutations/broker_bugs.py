@@ -218,7 +218,7 @@ BROKER_BUGS = (
         (
             (
                 "sharedpool/broker/postgres/control_connection.py",
-                "if system is not None:",
+                "if server.system is not None and not self._is_pooled:",
                 "if False:",
             ),
         ),
@@ -229,10 +229,21 @@ BROKER_BUGS = (
         (
             (
                 "sharedpool/broker/postgres/control_connection.py",
-                'f"primary of {system} at {hosts}"',
-                'f"primary of {system}"',
+                'f"primary of {server.system} at {hosts}"',
+                'f"primary of {server.system}"',
             ),
         ),
         ("tests/integration/test_server_replaced.py",),
+    ),
+    Mutant(
+        "a former primary that starts again takes the new one's place",
+        (
+            (
+                "sharedpool/broker/core/seen_servers.py",
+                "return (present.timeline, present.boot_us) > (former.timeline, former.boot_us)",
+                "return True",
+            ),
+        ),
+        ("tests/unit/test_seen_servers.py", "tests/integration/test_server_replaced.py"),
     ),
 )

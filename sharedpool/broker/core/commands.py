@@ -55,13 +55,11 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ServerIncarnation(NamedTuple):
-    """A server from start to stop: its address, or whose primary it is, and the start time.
+    """A server from start to stop, by one of its names: see `seen_servers.py`."""
 
-    Of two with the same name the later one has replaced the other, whose backends are gone.
-    """
-
-    name: str
-    boot_us: int
+    name: str  # its address, or whose primary it is
+    boot_us: int  # when it was started, in microseconds since 1970
+    timeline: int = 0  # a primary's, which each promotion raises; 0 with an address
 
 
 class SurveyResult(NamedTuple):
@@ -200,7 +198,7 @@ class MarkJournalComplete(msgspec.Struct, frozen=True):
 class RecordServer(msgspec.Struct, frozen=True):
     """Write a server that the control connection has met into the journal.
 
-    A later broker that meets another one knows that the backends of this one are gone.
+    A later broker that meets another one in its place knows that its backends are gone.
     """
 
     server: ServerIncarnation

@@ -19,6 +19,7 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 from sharedpool.broker.core.commands import RecordServer, ServerIncarnation
 from sharedpool.broker.core.ledger import LedgerCall
 from sharedpool.broker.core.routes import sessions_not_kept_text
+from sharedpool.broker.core.seen_servers import SeenServers
 from sharedpool.broker.postgres import statements
 from sharedpool.broker.postgres.database import Database
 from sharedpool.broker.postgres.leadership import Leadership
@@ -29,7 +30,7 @@ logger = logging.getLogger("sharedpool.broker")
 
 # How often two sessions behind a pooler are compared.
 _COMPARISONS = 3
-# How often a server that is no primary is asked whether it has become one.
+# How often a replica is asked whether it was promoted, while that matters.
 _PROMOTED_S = 1.0
 
 
@@ -55,12 +56,12 @@ class ControlConnection:
         self._database = Database(dsn, maintenance=maintenance)
         self._max_conn = max_conn
         self._call_soon = call_soon
-        self._seen = set(seen)  # every server that this connection, or a former broker's, was on
+        self._servers = SeenServers(seen)
         self._leadership = leadership
         self._room = 0
-        # The server's address, as the server sees it, and whose primary it is.
-        self._names: tuple[str, ...] = ()
-        self._named_at = -math.inf
+        self._is_pooled = False  # a pooler is between it and the server
+        self._is_replica = False
+        self._identified_at = -math.inf
         self._fault = ""  # what makes the way to the server unsuitable
         self._lost = ""  # the error that ended the last connection, until there is a new one
         self.boot_us = 0  # when the server was started
@@ -132,7 +133,8 @@ class ControlConnection:
         known = self.boot_us
         try:
             if self.conn is not None:
-                return statements.server_of(self.conn)[0] == known
+                self._identify(self.conn)
+                return self.boot_us == known
         except Exception as error:
             self.lose(error)
         try:
@@ -145,16 +147,17 @@ class ControlConnection:
     def is_server_gone(self, backend: Backend) -> bool:
         """Return True if a backend's server is known to be gone. Raise psycopg2's errors.
 
-        We saw that server ourselves, and now another incarnation answers at its address, or is
-        the primary in its place. A server that was shut off from everybody and lives on may keep
-        the backend for a while; the limit protects the one that has taken its place.
+        We saw that server ourselves, and now another one is in its place. A primary that was shut
+        off from everybody and lives on may keep the backend for a while; the limit protects the
+        one that has taken its place.
         """
-        if self._is_seen_before(backend):
+        if self._servers.is_gone(backend.boot_us):
             return True
-        if self.conn is None or time.monotonic() < self._named_at + _PROMOTED_S:
+        if self.conn is None or not (self._is_replica and self._servers.was_seen(backend.boot_us)):
             return False
-        self._identify(self.conn)  # the replica that we are on may have been promoted since
-        return self._is_seen_before(backend)
+        if time.monotonic() >= self._identified_at + _PROMOTED_S:
+            self._identify(self.conn)  # it may have been promoted since
+        return self._servers.is_gone(backend.boot_us)
 
     def claim(self, now: float) -> None:
         """Take the leadership lock, or note who has it.
@@ -208,6 +211,7 @@ class ControlConnection:
         """Find out who is between the broker and the server, and tell the ledger."""
         conn.autocommit = True
         direct, pooled = statements.route_of(conn)
+        self._is_pooled = pooled
         sign = self._sign_of_sharing(conn) if pooled else ""
         self._fault = fault = sessions_not_kept_text(sign) if sign else ""
         if fault:
@@ -248,30 +252,25 @@ class ControlConnection:
 
     def _identify(self, conn: connection) -> None:
         """Find out which server a connection is on, and have that recorded."""
-        self.boot_us, address = statements.server_of(conn)
-        if not address:  # its socket is in the file system; several servers may have one there
-            address = f"{conn.info.host}:{conn.info.port}"
-        self._names = (address,)
-        system = statements.system_of_primary(conn)
-        if system is not None:
-            # A copy of the database has the identifier too: it takes the other's place only if
-            # the same connection string leads to it.
+        server = statements.server_of(conn)
+        self.boot_us, self._is_replica = server.boot_us, server.is_replica
+        self._identified_at = time.monotonic()
+        # Beside its own address the one that we know: machines may have the same private addresses,
+        # and a unix socket has none.
+        address = f"{conn.info.host}:{conn.info.port} {server.address}"
+        names = [ServerIncarnation(address, server.boot_us)]
+        if server.system is not None and not self._is_pooled:
+            # A copy of the database has the identifier too. It takes the other's place only if the
+            # same hosts are asked for both, and no pooler chooses the server.
             given = conn.info.dsn_parameters
-            hosts = f"{given.get('host', '')}:{given.get('port', '')}"
-            self._names = (address, f"primary of {system} at {hosts}")
-        self._named_at = time.monotonic()
-        for name in self._names:
-            self._record(ServerIncarnation(name, self.boot_us))
+            hosts = ":".join(given.get(name, "") for name in ("host", "hostaddr", "port"))
+            name = f"primary of {server.system} at {hosts}"
+            names.append(ServerIncarnation(name, server.boot_us, server.timeline))
+        for news in self._servers.note(*names):
+            self._record(news)
 
     def _record(self, server: ServerIncarnation) -> None:
-        if server not in self._seen:
-            self._seen.add(server)
-            self._call_soon(lambda ledger, now: [RecordServer(server)])
-
-    def _is_seen_before(self, backend: Backend) -> bool:
-        return backend.boot_us != self.boot_us and any(
-            ServerIncarnation(name, backend.boot_us) in self._seen for name in self._names
-        )
+        self._call_soon(lambda ledger, now: [RecordServer(server)])
 
 
 def error_text(error: Exception) -> str:

@@ -6,10 +6,10 @@ All functions block for a round trip or two, and raise psycopg2's errors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg2
-from psycopg2.extensions import connection, encodings
+from psycopg2.extensions import connection, cursor, encodings
 
 from sharedpool.postgres import libpq
 from sharedpool.postgres.route import is_direct
@@ -20,8 +20,15 @@ _SERVER_SQL = """
 SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
        coalesce(host(inet_server_addr()) || ':' || inet_server_port(), '')
 """
-# A role may be kept from pg_control_system().
-_SYSTEM_SQL = "SELECT system_identifier FROM pg_control_system() WHERE NOT pg_is_in_recovery()"
+# In one statement, lest a balancer sends its parts to two servers. A role may be kept from
+# pg_control_system(), and what only resembles PostgreSQL does not have it.
+_PRIMARY_SQL = """
+SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+       coalesce(host(inet_server_addr()) || ':' || inet_server_port(), ''),
+       (SELECT system_identifier FROM pg_control_system()),
+       CASE WHEN NOT pg_is_in_recovery()
+            THEN substring(pg_walfile_name(pg_current_wal_lsn()) FOR 8) END
+"""
 _ROOM_SQL = """
 SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
 FROM pg_settings
@@ -112,6 +119,16 @@ class ListedBackend(NamedTuple):
     now_us: int  # when the row was read
 
 
+class ServerFacts(NamedTuple):
+    """Which server a connection is on."""
+
+    boot_us: int  # when it was started, in microseconds since 1970
+    address: str  # its own; empty on a unix socket
+    system: int | None = None  # a primary's identifier, which its replicas share; None if unknown
+    timeline: int = 0  # a primary's, which each promotion raises
+    is_replica: bool = False
+
+
 def route_of(conn: connection) -> tuple[bool, bool]:
     """Return whether a connection is direct, and whether it goes through a pooler."""
     with conn.cursor() as cursor:
@@ -133,30 +150,28 @@ def itself(conn: connection) -> bytes | None:
     return libpq.ask(conn, _ITSELF_SQL, _ANSWER_LIMIT_S)
 
 
-def server_of(conn: connection) -> tuple[int, str]:
-    """Return when the server was started, in microseconds since 1970, and its own address.
-
-    The address is empty on a unix socket.
-    """
-    with conn.cursor() as cursor:
-        cursor.execute(_SERVER_SQL)
-        row = cursor.fetchone()
-        assert row is not None
-        return row[0], row[1]
-
-
-def system_of_primary(conn: connection) -> int | None:
-    """Return the identifier that a primary shares with its replicas.
-
-    Return None on a replica, and where the role may not ask, or the server does not know it.
-    """
+def server_of(conn: connection) -> ServerFacts:
+    """Return which server a connection is on."""
     with conn.cursor() as cursor:
         try:
-            cursor.execute(_SYSTEM_SQL)
-        except (psycopg2.ProgrammingError, psycopg2.NotSupportedError):
-            return None
-        row = cursor.fetchone()
-        return None if row is None else int(row[0])
+            cursor.execute(_PRIMARY_SQL)
+        except psycopg2.DatabaseError:
+            if conn.closed:
+                raise
+            cursor.execute(_SERVER_SQL)
+            row = (*_row_of(cursor), None, None)
+        else:
+            row = _row_of(cursor)
+    boot_us, address, system, timeline = row
+    if timeline is None:
+        return ServerFacts(boot_us, address, is_replica=system is not None)
+    return ServerFacts(boot_us, address, system, int(timeline, 16))
+
+
+def _row_of(cursor: cursor) -> tuple[Any, ...]:
+    row = cursor.fetchone()
+    assert row is not None
+    return row
 
 
 def lift_limits(conn: connection) -> None:
