@@ -36,7 +36,7 @@ BROKER_BUGS = (
                 "if lease.findable:",
             ),
         ),
-        ("tests/model", "tests/unit/test_ledger_quarantine.py"),
+        ("tests/unit/test_ledger_quarantine.py", "tests/model"),
     ),
     Mutant(
         "without a journal there is no grace period",
@@ -47,7 +47,7 @@ BROKER_BUGS = (
                 "stop.holding_back = False",
             ),
         ),
-        ("tests/model", "tests/unit/test_grace_period.py"),
+        ("tests/unit/test_grace_period.py", "tests/model"),
     ),
     Mutant(
         "a restarted broker fences before workers could say HELLO",

@@ -54,7 +54,7 @@ WORKER_BUGS = (
                 "        else:\n",
             ),
         ),
-        ("tests/model", "tests/unit/test_cache_grants.py"),
+        ("tests/unit/test_cache_grants.py", "tests/model"),
     ),
     Mutant(
         "a wait socket is free while an answer may still come",

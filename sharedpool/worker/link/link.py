@@ -280,6 +280,7 @@ class Link:
         """Queue a heartbeat. Raise `_BrokerGone` if the broker has been silent for too long."""
         if now - self.heard_at > 2.5 * registration.pause_s + 1.0:
             logger.warning("no answer from the broker at %s: registering again", self.address)
+            self._pause(random.uniform(0.0, _JITTER_S))  # heartbeats of all workers come together
             raise _BrokerGone("it has fallen silent")
         registration.beat(now)
         if now >= self._check_at:
