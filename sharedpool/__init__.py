@@ -17,7 +17,6 @@ from sharedpool.errors import (
     SharedPoolError,
     TooManyWaiting,
 )
-from sharedpool.pgsimple import PgSimple
 from sharedpool.worker.forks import reset_after_fork
 from sharedpool.worker.pool import Pool, SimpleConnectionPool, ThreadedConnectionPool
 from sharedpool.worker.settings import PoolConfig
@@ -25,6 +24,7 @@ from sharedpool.worker.stats import PoolStats
 
 if TYPE_CHECKING:
     from sharedpool.broker.launch.run import Broker, start_broker
+    from sharedpool.pgsimple import PgSimple
 
 __version__ = "0.1.0"
 
@@ -61,4 +61,8 @@ def __getattr__(name: str) -> Any:
         from sharedpool.broker.launch import run
 
         return getattr(run, name)
+    if name == "PgSimple":  # and only one that uses it loads psycopg2's extras and sql: 1 MB
+        from sharedpool.pgsimple import PgSimple
+
+        return PgSimple
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

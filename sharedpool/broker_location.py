@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from sharedpool.discovery import address as addresses
 from sharedpool.postgres.conninfo import ConnInfo
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
     from sharedpool.broker.settings import BrokerSettings
 
 
-@dataclass(frozen=True, slots=True)
-class GivenBroker:
+class GivenBroker(Struct, frozen=True):
     """A broker at a known address, which something else starts."""
 
     at: str
@@ -28,8 +28,7 @@ class GivenBroker:
         raise AssertionError(f"bug: the broker at {address} is not automatic")
 
 
-@dataclass(frozen=True, slots=True)
-class AutomaticBroker:
+class AutomaticBroker(Struct, frozen=True):
     """The broker that one user's processes share for all pools of one server and role.
 
     The user and the address are determined at the first use, because a program may be started as

@@ -6,7 +6,6 @@ both are on this host.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
@@ -182,6 +181,8 @@ def check_address(address: str, source: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Return True if only this host can reach a broker that listens there."""
+    import ipaddress  # 0.3 MB that hardly any worker needs
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

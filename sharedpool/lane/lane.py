@@ -29,7 +29,6 @@ import _socket
 import contextlib
 import ctypes
 import fcntl
-import hashlib
 import mmap
 import os
 import socket
@@ -44,6 +43,7 @@ from msgspec import structs
 
 from sharedpool.descriptors import passing
 from sharedpool.descriptors.owned import Owned, identity, is_still
+from sharedpool.digests import digest_of
 from sharedpool.errors import ProtocolError
 from sharedpool.wire.board import BOARD_BYTES, SECRET_BYTES, SHELF, Board
 from sharedpool.wire.codec import decode_moved, encode
@@ -121,7 +121,7 @@ class Lane:
             self.board = Board(memoryview(_mapped(memory)))
             self._secret = self.board.secret
             # Hashed, because other users see the wait sockets' addresses.
-            self._name = hashlib.sha256(self._secret).hexdigest()[:16]
+            self._name = digest_of(self._secret).hex()
             self._known = {fd: (identity(fd),) for fd in fds[1:]}
             # Objects, not numbers, because an object knows when another thread has closed it.
             self._writer, self._reader = (

@@ -1,16 +1,16 @@
 """Where to connect: resolved from arguments and environment, and never shown with a secret."""
 
-import hashlib
 import os
 import pwd
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import psycopg2
+from msgspec import Struct, field
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
+from sharedpool.digests import digest_of
 from sharedpool.errors import ConfigError
 from sharedpool.postgres import libpq
 
@@ -42,29 +42,35 @@ class ServerIdentity(NamedTuple):
         The database is left out, since one broker serves all databases of a server.
         """
         text = "\0".join((self.host, self.port, self.user))  # libpq's values cannot contain NUL
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return digest_of(text.encode("utf-8", "surrogateescape")).hex()
 
     def __str__(self) -> str:
         return f"{self.user}@{self.host}:{self.port}/{self.dbname}"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class ConnInfo:
+class ConnInfo(Struct, frozen=True, eq=False):
     """The arguments of `psycopg2.connect`. The repr hides secrets, `dsn` does not."""
 
     # The connection string as it was resolved.
     dsn: str
     # psycopg2's own keywords, which are no part of the connection string.
-    python_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    python_kwargs: Mapping[str, Any] = field(default_factory=dict)
     # Returns the present connection string, if a part of it was given as a function.
     ask: Callable[[], str] | None = None
     # The keywords that were given as such, to be passed on as such.
     named: tuple[str, ...] = ()
     # A connection string or a URL was given, too.
     based: bool = True
-    _known: dict[tuple[object, ...], ServerIdentity] = field(
-        default_factory=dict, init=False, compare=False
-    )
+    _known: dict[tuple[object, ...], ServerIdentity] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConnInfo) and self._given() == other._given()
+
+    def __hash__(self) -> int:
+        return hash(self.dsn)
+
+    def _given(self) -> tuple[object, ...]:
+        return self.dsn, self.python_kwargs, self.ask, self.named, self.based
 
     def current(self) -> str:
         """Return the connection string for one connect.

@@ -20,7 +20,6 @@ If the answer is unknown, something counts as in between. Then the broker asks t
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import struct
 from io import FileIO
@@ -33,6 +32,7 @@ _SO_PEERCRED: int = getattr(socket, "SO_PEERCRED", 0)
 # The start of a backend's process title (PostgreSQL's ps_status.c), which no proxy's child has.
 _TITLE = b"postgres: "
 _POSTMASTER = (b"postgres", b"postmaster")
+_IPV4_IN_IPV6 = bytes(10) + b"\xff\xff"
 # More than the status of a process has, and more than is needed of its command line.
 _MAX_BYTES = 16384
 
@@ -56,11 +56,13 @@ def is_direct(fd: int, pid: int, ends: tuple[Address, Address] | None) -> bool:
         return False
 
 
-def _address(host: str, port: int) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
-    """Return an address to compare: without the interface's name, IPv4 in its own form."""
-    ip = ipaddress.ip_address(host.partition("%")[0])
-    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    return mapped or ip, port
+def _address(host: str, port: int) -> tuple[bytes, int]:
+    """Return an address to compare: without the interface's name, IPv4 in its own form.
+
+    Raise OSError for what is no address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.inet_pton(family, host.partition("%")[0]).removeprefix(_IPV4_IN_IPV6), port
 
 
 def is_to_postmaster(fd: int) -> bool:

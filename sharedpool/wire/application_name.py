@@ -7,7 +7,7 @@ it from others.
 
 from __future__ import annotations
 
-import hashlib
+from sharedpool.digests import digest_of
 
 _PREFIX = "sharedpool "
 _MAX_BYTES = 63  # NAMEDATALEN - 1
@@ -19,7 +19,7 @@ def tag_of(pool: str, instance: str) -> str:
     name = pool.encode("ascii", "backslashreplace").decode()
     room = _MAX_BYTES - len(_PREFIX) - len(suffix)
     if len(name) > room:
-        digest = hashlib.blake2s(pool.encode(), digest_size=4).hexdigest()
+        digest = digest_of(pool.encode(), 4).hex()
         name = f"{name[: room - len(digest) - 1]}~{digest}"
     return _PREFIX + name + suffix
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
+from msgspec import Struct
 from psycopg2.extensions import connection
 
 from sharedpool.postgres.conninfo import ConnInfo
@@ -13,8 +13,7 @@ from sharedpool.postgres.conninfo import ConnInfo
 Callback = Callable[[connection], object]
 
 
-@dataclass(frozen=True, slots=True)
-class PoolConfig:
+class PoolConfig(Struct, frozen=True):
     """One pool's settings, checked by `config_pool`; times in seconds.
 
     `broker` is an address, or None for the automatic broker.

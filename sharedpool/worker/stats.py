@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from sharedpool.wire.messages import ReleaseReason
 from sharedpool.wire.values import Phase
 from sharedpool.worker.local_pool import LocalPool
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
+class PoolStats(Struct, frozen=True):
     """A snapshot of one pool in this process.
 
     Counters count from when the process (or its fork) made the pool.

@@ -6,7 +6,6 @@ how many may be. When a host looks at the shares of the others is decided in `sh
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from sharedpool.broker.core.records import UNSHARED, Pool
 from sharedpool.broker.core.share_terms import NO_CHANGE, HostRow, ShareChange, ShareKey
 from sharedpool.broker.core.shares import Division, HostShare
 from sharedpool.broker.core.table_memory import TableMemory
+from sharedpool.digests import digest_of
 
 BURST = 6.0  # syncs of one share: so many at once
 FIRST_RETRY_S = 0.05
@@ -216,6 +216,6 @@ def scope_name(kind: str, name: str) -> str:
     """Return the name of a limit in the table: plain ASCII, and not too long."""
     scope = f"{kind} {name}".encode("ascii", "backslashreplace").decode()
     if len(scope) > _LONGEST_SCOPE:
-        digest = hashlib.blake2s(scope.encode(), digest_size=8).hexdigest()
+        digest = digest_of(scope.encode()).hex()
         scope = f"{scope[: _LONGEST_SCOPE - len(digest) - 1]}~{digest}"
     return scope

@@ -21,7 +21,6 @@ the address's file lock.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import random
@@ -30,6 +29,7 @@ from collections.abc import Callable
 from psycopg2.extensions import connection
 
 from sharedpool.broker.core.ledger import LedgerCall
+from sharedpool.digests import digest_of
 
 logger = logging.getLogger("sharedpool.broker")
 
@@ -63,7 +63,7 @@ class Leadership:
         call_soon: Callable[[LedgerCall], None],
     ) -> None:
         self.application_name = f"sharedpool broker {instance}"
-        digest = hashlib.blake2s(scope.encode("utf-8", "surrogateescape"), digest_size=4).digest()
+        digest = digest_of(scope.encode("utf-8", "surrogateescape"), 4)
         self._keys = (_NAMESPACE, int.from_bytes(digest, "big", signed=True))
         self._call_soon = call_soon
         self._rival = ""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import psycopg2
-from psycopg2 import extensions, extras
+from psycopg2 import extensions
 
 from sharedpool.descriptors.available import FOR_A_SHELL, require
 from sharedpool.descriptors.owned import is_still
@@ -35,14 +35,19 @@ _KEYWORDS = {
     **({"require_auth": ""} if extensions.libpq_version() >= 160000 else {}),
     **({"sslnegotiation": "postgres"} if extensions.libpq_version() >= 170000 else {}),
 }  # fmt: skip
-# Classes whose objects keep nothing of a session, so that they can be used for another.
-_REUSABLE = (
-    None,
-    extensions.connection,
-    extras.DictConnection,
-    extras.RealDictConnection,
-    extras.NamedTupleConnection,
-)
+
+
+def _keeps_nothing(factory: object) -> bool:
+    """Return True if a class's objects keep nothing of a session: they can be used for another."""
+    if factory in (None, extensions.connection):
+        return True
+    from psycopg2 import extras  # half a megabyte, and loaded already if this is a class of it
+
+    return factory in (
+        extras.DictConnection,
+        extras.RealDictConnection,
+        extras.NamedTupleConnection,
+    )
 
 
 class Shells:
@@ -57,7 +62,7 @@ class Shells:
         self._cursor_factory = keywords.get("cursor_factory")
         self._factory = pooled_class(keywords.get("connection_factory"))
         # False for a user's own class, whose code runs whenever a shell is built.
-        self.are_known = keywords.get("connection_factory") in _REUSABLE
+        self.are_known = _keeps_nothing(keywords.get("connection_factory"))
         self._lock = threading.Lock()
         self._stock: OrderedDict[bytes, list[PooledConnection]] = OrderedDict()
         self._needed = 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from sharedpool.wire.desk import Live
 from sharedpool.wire.messages import Deny, ReleaseReason
@@ -173,8 +174,7 @@ class Waiter:
         return self.lease is not None or self.denial is not None or self.error is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Closing:
+class Closing(Struct, frozen=True):
     """A lease whose connection is to be closed, and why."""
 
     lease: Lease
