@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import sharedpool
-from tests.bench.crew import Member, crew, window
+from tests.bench.crew import Crew, Member, crew, window
 from tests.bench.load import sample_of
 from tests.bench.peers import OFF, MakeClient, Permanent, Psycopg2Pool, Shared
 from tests.bench.pgbouncer import PgBouncer
@@ -36,14 +36,20 @@ def broker(
 def in_a_window(
     bench: Bench, stack: ExitStack, count: int, member: MakeMember, make: MakeClient
 ) -> Measure:
-    """Start processes that `run` in a closed loop, and return what measures them for a window."""
-    workers = stack.enter_context(crew([partial(member, make, number) for number in range(count)]))
+    """Return what measures processes that `run` in a closed loop, for a window."""
+    members = [partial(member, make, number) for number in range(count)]
 
-    def measure() -> Sample:
+    def measure(workers: Crew) -> Sample:
         turn = window(bench.warm_s, bench.window_s)
         return sample_of(workers.ask("run", turn), turn)
 
-    return measure
+    def measure_anew() -> Sample:
+        with crew(members) as workers:
+            return measure(workers)
+
+    if bench.new_processes:
+        return measure_anew
+    return partial(measure, stack.enter_context(crew(members)))
 
 
 def shared(

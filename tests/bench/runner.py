@@ -20,6 +20,8 @@ class Bench:
     """What every row has: the server, a directory, and how long to take. Times in seconds.
 
     `slices_s` are settings of `time_slice` that the contended rows are to try beside the default.
+    `new_processes`: measure each turn on processes of its own. Which of them share a processor, and
+    with which of the server's, makes a difference of a fifth, for as long as they live.
     """
 
     server: BenchServer
@@ -29,6 +31,7 @@ class Bench:
     warm_s: float
     quick: bool
     slices_s: tuple[float, ...] = ()
+    new_processes: bool = False
 
     def scaled(self, full: int, quick: int) -> int:
         """Return the count for a full or for a quick run."""

@@ -1,6 +1,7 @@
 """Many processes, few connections: transactions in closed loops, with and without think time, by
 every way in."""
 
+from dataclasses import replace
 from functools import partial
 
 from tests.bench.contestants import (
@@ -35,6 +36,7 @@ def _transaction(bench: Bench, result: Result) -> None:
     """As many processes as there are slots: nobody waits, so that this is what the pool itself
     costs."""
     route = bench.server.routes["unix"]
+    bench = replace(bench, new_processes=True)
     take_turns(
         bench,
         result,
