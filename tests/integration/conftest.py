@@ -1,10 +1,10 @@
 """Fixtures for connections that move between sessions."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import sharedpool
 from sharedpool import ThreadedConnectionPool
@@ -34,7 +34,7 @@ def pair(broker: sharedpool.Broker, postgres: EphemeralPostgres, name: str) -> I
             **settings,
         }
         a = sharedpool.config_pool(name=name, broker=broker.address, **options)
-        b = type(a)(dataclasses.replace(a.config), a._broker)
+        b = type(a)(structs.replace(a.config), a._broker)
         made.extend((a, b))
         for pool in (b, a):  # both are registered, and the connection is idle in the first
             pool.put_conn(pool.get_conn())

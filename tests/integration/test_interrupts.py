@@ -7,7 +7,6 @@ SHAREDPOOL_LINES=1, else before every so manyth, from one on that SHAREDPOOL_LIN
 same in each run, in a long one another.
 """
 
-import dataclasses
 import os
 import random
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import sharedpool
 from sharedpool.postgres.throwaway_server import EphemeralPostgres
@@ -82,7 +82,7 @@ def test_an_interrupt_in_any_line_loses_nothing(
         pool_manager=sharedpool.ThreadedConnectionPool,
         **eager,
     )
-    b = type(a)(dataclasses.replace(a.config), a._broker)
+    b = type(a)(structs.replace(a.config), a._broker)
     for pool in (a, b):
         pool.put_conn(pool.get_conn(), close=True)
     watch.pools = a, b

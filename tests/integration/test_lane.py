@@ -1,11 +1,11 @@
 """Connections move between processes past the broker: who gets them, in which order, and what is
 left of their sessions."""
 
-import dataclasses
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 import sharedpool
 from sharedpool.broker.core.lane_members import ARRIVAL_S
@@ -102,7 +102,7 @@ def test_a_worker_that_is_invited_before_its_welcome_joins(pair: MakePair) -> No
     conn = a.get_conn()
     a.put_conn(conn)
     b.put_conn(b.get_conn())  # there is a lane by now
-    late = [type(a)(dataclasses.replace(a.config), a._broker) for _ in range(5)]
+    late = [type(a)(structs.replace(a.config), a._broker) for _ in range(5)]
     try:
         for pool in late:
             pool.put_conn(pool.get_conn())

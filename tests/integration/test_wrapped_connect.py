@@ -1,7 +1,6 @@
 """`psycopg2.connect` is wrapped, as agents do that trace statements: users have the wrapper's
 object, as with psycopg2's own pool."""
 
-import dataclasses
 import gc
 import json
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import psycopg2
 import psycopg2.pool
 import pytest
+from msgspec import structs
 from psycopg2 import extensions, sql
 
 from sharedpool import PgSimple, PoolExhausted, SharedPoolError, ThreadedConnectionPool
@@ -40,7 +40,7 @@ def pair(make_pool: MakePool) -> Iterator[tuple[Pool, Pool]]:
     """Two sessions of one pool, as two processes would have them; the connection lies idle in the
     first."""
     a = make_pool(max_conn=1, timeout=10, pool_manager=ThreadedConnectionPool)
-    b = type(a)(dataclasses.replace(a.config), a._broker)
+    b = type(a)(structs.replace(a.config), a._broker)
     for pool in (b, a):  # both know the broker
         pool.put_conn(pool.get_conn())
     yield a, b
