@@ -7,6 +7,7 @@ Its end tells that the broker has ended. Each program has one line to it:
                                 ◄═════  LANE_INVITATION + 5          with a lane's descriptors
       JOINED(session)           ═════►                               it takes part, or does not
       DEPOSIT(token) + socket   ═════►                               into the broker's custody
+      OPENED(token, backend)    ═════►                               whose the other end is
       GIVE(token)               ═════►                               for any other worker
       LEAVE                     ═════►                               the program goes on without it
 
@@ -28,6 +29,18 @@ class Deposit(Struct, frozen=True, tag="deposit"):
 
     session: bytes
     token: Token
+
+
+class Opened(Struct, frozen=True, tag="opened"):
+    """Name the backend of a lease's connection, before CONFIRM does.
+
+    CONFIRM is sent by another thread, a moment later. The backend of a process that is killed in
+    between could not be found on the server, nor would its socket's end prove its own.
+    """
+
+    session: bytes
+    token: Token
+    backend: Backend
 
 
 class Leave(Struct, frozen=True, tag="leave"):
@@ -126,5 +139,5 @@ class Moved(Struct, frozen=True, tag="moved"):
     passed: Passed | None = None
 
 
-ToDesk = Deposit | Leave | LineOwner | Give | Joined
+ToDesk = Deposit | Opened | Leave | LineOwner | Give | Joined
 FromDesk = LaneInvitation

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Hashable
 
 from sharedpool.wire.codec import encode
-from sharedpool.wire.desk import GIVE_BYTES, Give, Live, Moved
+from sharedpool.wire.desk import GIVE_BYTES, Give, Live, Moved, Opened
 from sharedpool.wire.messages import CancelQuery, ReleaseReason
-from sharedpool.wire.values import Token
+from sharedpool.wire.values import Backend, Token
 from sharedpool.worker import forks
 from sharedpool.worker.connection.closing import dead_socket
 from sharedpool.worker.connection.diagnosis import Diagnosis, Failure
@@ -107,6 +107,12 @@ class LocalState:
         link, registration = self.link, self.registration
         if not lease.deposited and link is not None and registration is not None:
             lease.deposited = link.desk.deposit(registration.identity, lease.token, conn)
+
+    def name_backend(self, lease: Lease, backend: Backend) -> None:
+        """Tell the broker's desk which backend a new connection has, in case this process dies."""
+        link, registration = self.link, self.registration
+        if lease.deposited and link is not None and registration is not None:
+            link.desk.send(encode(Opened(registration.identity, lease.token, backend)))
 
     def send_give(self, lease: Lease, reason: ReleaseReason, live: Live) -> bool:
         """Tell the broker's desk that a session is detached and may be passed on.

@@ -81,6 +81,7 @@ def _confirm(local: LocalPool, lease: Lease, conn: PooledConnection, began: floa
     movable = local.handover_enabled and backend.pooled is None and can_move(conn)
     if not movable:
         backend = structs.replace(backend, fixed=True)
+    local.name_backend(lease, backend)
     conn.sharedpool_made_with = parameters(conn)
     now = time.monotonic()
     if now > lease.connect_by + START_UP_LIMIT_S:

@@ -264,10 +264,6 @@ def test_by_tcp_a_pid_counts_only_where_it_means_the_same_process(
                 )
             )
             assert isinstance(decode_to_worker(line.recv()), Welcome)
-        # Without a control connection the broker must know by then that no proxy is in between.
-        wait_until(
-            lambda: any(p.name == "near" and p.in_use for p in fetch_report(broker.address).pools)
-        )
         near.kill()
         wait_until(
             lambda: (

@@ -44,7 +44,7 @@ from sharedpool.lane.lane import Ticket
 from sharedpool.wire.admin import Order, OrderKind
 from sharedpool.wire.board import BROKER_PLACE, BROKER_REQUEST, SHELF
 from sharedpool.wire.codec import decode_to_broker, decode_to_worker, encode
-from sharedpool.wire.desk import Deposit, Give, Leave, LineOwner, Moved
+from sharedpool.wire.desk import Deposit, Give, Leave, LineOwner, Moved, Opened
 from sharedpool.wire.messages import Acquire, Grant, Hello, ToBroker
 from sharedpool.wire.reports import FromOperator
 from sharedpool.wire.values import Token
@@ -315,6 +315,8 @@ class Broker(LaneKeeper):
             case Deposit(session, token):
                 assert proc is not None
                 self._take(session, token, proc)
+            case Opened():
+                self.execute(self.ledger.desk.opened(message, now))
             case Give():
                 self.execute(self.ledger.desk.given(message, now))
             case LineOwner(session):

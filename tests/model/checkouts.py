@@ -212,6 +212,7 @@ class Checkouts(InTheLane):
             self.deposit_early(opening)
         lease, conn, now = opening.lease, opening.conn or Conn(opening.proc), self.world.now
         if conn.works and how != "interrupted":
+            self.name_backend(lease, conn)
             try:
                 self.cache.opened(lease, conn.proc.backend, float("inf"), conn, now)
             except SharedPoolError:

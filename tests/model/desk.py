@@ -11,7 +11,16 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from sharedpool.wire.codec import decode_to_desk, encode
-from sharedpool.wire.desk import Deposit, Give, LaneInvitation, LineOwner, Live, Moved, ToDesk
+from sharedpool.wire.desk import (
+    Deposit,
+    Give,
+    LaneInvitation,
+    LineOwner,
+    Live,
+    Moved,
+    Opened,
+    ToDesk,
+)
 from sharedpool.wire.messages import ReleaseReason, Welcome
 from sharedpool.worker.core.cache import Cache
 from sharedpool.worker.core.lease import Closing, Lease
@@ -105,6 +114,10 @@ class AtTheDesk:
     def deposit(self, lease: Lease, conn: Conn) -> None:
         if not lease.deposited and self.desk is not None and not conn.vacated:
             lease.deposited = self.desk.say(Deposit(self.id, lease.token), conn.proc)
+
+    def name_backend(self, lease: Lease, conn: Conn) -> None:
+        if lease.deposited and self.desk is not None:
+            self.desk.say(Opened(self.id, lease.token, conn.proc.backend))
 
     def deposit_all(self) -> None:
         for lease in self.cache.leases.values():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sharedpool.broker.core.commands import Fence, SurveyResult, SurveyServer
 from sharedpool.broker.core.quarantine import SETTLE_S
 from sharedpool.wire.admin import Done, Order, OrderKind
+from sharedpool.wire.desk import Opened
 from sharedpool.wire.messages import (
     PROTOCOL_VERSION,
     START_UP_LIMIT_S,
@@ -59,6 +62,35 @@ def test_a_deposit_that_was_on_its_way_ends_the_quarantine() -> None:
     assert [fence.token for fence in broker.all(Fence)] == [token]
     broker.take_in(broker.ledger.backend_gone(token, broker.now))
     assert broker.ledger.leases == 0
+
+
+@pytest.mark.parametrize("dies_first", [False, True])
+def test_a_backend_that_was_named_at_the_desk_is_ended_without_a_confirm(dies_first: bool) -> None:
+    """Its worker is killed right after the connect: the CONFIRM was never sent."""
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    token = a.granted(a.ask())
+    broker.take_in(broker.ledger.desk.deposited(token, broker.now))
+    opened = Opened(a.id, token, a.backend(token))
+    if not dies_first:
+        broker.take_in(broker.ledger.desk.opened(opened, broker.now))
+    broker.take_in(broker.ledger.session_died(a.id, broker.now))
+    if dies_first:  # the broker has seen the end before it read what came before
+        broker.take_in(broker.ledger.desk.opened(opened, broker.now))
+    assert broker.all(Fence)[-1].backend == a.backend(token)
+
+
+def test_a_backend_that_is_named_late_or_by_a_stranger_changes_nothing() -> None:
+    broker = Broker()
+    a, b = broker.worker("a", max_conn=2), broker.worker("b")
+    token = a.lend()
+    a.checkin(token)
+    a.beat()  # tells that it is idle
+    before = broker.ledger.report(broker.now)
+    for session in (a.id, b.id, b"nobody"):
+        opened = Opened(session, token, a.backend(token))
+        broker.take_in(broker.ledger.desk.opened(opened, broker.now))
+    assert broker.ledger.report(broker.now) == before
 
 
 def test_a_connect_that_timed_out_is_verified_or_waits_for_the_servers_limit() -> None:

@@ -1,4 +1,4 @@
-"""What happens at the desk: workers deposit sockets, give connections, and hang up.
+"""What happens at the desk: workers deposit sockets, name backends, give connections, and hang up.
 
 The desk (`server/desk.py`) is a Unix socket to which each worker program keeps a connection, its
 *line*.
@@ -11,10 +11,12 @@ from collections.abc import Callable
 from sharedpool.broker.core.commands import Command
 from sharedpool.broker.core.context import Context
 from sharedpool.broker.core.handover import Handover
+from sharedpool.broker.core.lease_messages import LeaseMessages
 from sharedpool.broker.core.leases import Leases
 from sharedpool.broker.core.moves import Moves
 from sharedpool.broker.core.sessions import Sessions
-from sharedpool.wire.desk import Give
+from sharedpool.wire.desk import Give, Opened
+from sharedpool.wire.messages import Confirm
 from sharedpool.wire.values import Token
 
 
@@ -26,6 +28,7 @@ class DeskEvents:
         context: Context,
         sessions: Sessions,
         leases: Leases,
+        lease_messages: LeaseMessages,
         handover: Handover,
         moves: Moves,
         settle: Callable[[float], list[Command]],
@@ -34,6 +37,7 @@ class DeskEvents:
         self._take_commands = context.take_commands
         self._sessions = sessions
         self._leases = leases
+        self._lease_messages = lease_messages
         self._handover = handover
         self._moves = moves
         self._settle = settle
@@ -47,6 +51,17 @@ class DeskEvents:
     def deposited(self, token: Token, now: float) -> list[Command]:
         """Handle that the broker has the socket of a lease's connection."""
         self._leases.deposited(self._slots.leases[token], now)
+        return self._settle(now)
+
+    def opened(self, opened: Opened, now: float) -> list[Command]:
+        """Handle that a worker names the backend of a new connection: a CONFIRM that comes sooner.
+
+        If it comes later after all, the worker may have told more of the lease by then.
+        """
+        session = self._slots.sessions.get(opened.session)
+        lease = None if session is None else session.leases.get(opened.token)
+        if session is not None and lease is not None and lease.backend is None:
+            self._lease_messages.confirm(session, Confirm(opened.token, opened.backend), now)
         return self._settle(now)
 
     def given(self, give: Give, now: float) -> list[Command]:

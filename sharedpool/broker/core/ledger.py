@@ -183,10 +183,9 @@ class Ledger:
         )
         self._admin.configure(max_conn, groups or {}, limits or {})
         recovery = Recovery(context, directory.get, directory.find_tagged)
-        self.desk = DeskEvents(
-            context, self._sessions, self._leases, self._handover, self._moves, self._settle
-        )
-        self.lanes = LaneEvents(context, self._handover, self._moves, self._settle)
+        both = self._handover, self._moves, self._settle
+        self.desk = DeskEvents(context, self._sessions, self._leases, self._lease_messages, *both)
+        self.lanes = LaneEvents(context, *both)
         self.takeover = Takeover(
             context, recovery, self._leases, self._moves, self._settle, ttl_s=ttl_s
         )

@@ -17,7 +17,7 @@ from sharedpool.broker.core.ledger import Ledger, LedgerCall
 from sharedpool.broker.postgres.control import Control
 from sharedpool.broker.server.desk import Desk
 from sharedpool.broker.server.lanes import Lanes
-from sharedpool.wire.desk import Give
+from sharedpool.wire.desk import Give, Opened
 from sharedpool.wire.values import Token
 
 # Time for a backend to exit after `shutdown()`, before the control connection terminates it.
@@ -66,6 +66,10 @@ class Custody:
     def deposited(self, token: Token) -> None:
         """Handle a socket that has come into custody."""
         self._execute(self._ledger.desk.deposited(token, time.monotonic()))
+
+    def opened(self, opened: Opened) -> None:
+        """Handle that a worker names the backend of a new connection."""
+        self._execute(self._ledger.desk.opened(opened, time.monotonic()))
 
     def given(self, give: Give) -> None:
         """Handle a connection that its worker gives to be passed on."""

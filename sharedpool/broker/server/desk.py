@@ -41,6 +41,7 @@ from sharedpool.wire.desk import (
     LaneInvitation,
     Leave,
     LineOwner,
+    Opened,
     ToDesk,
 )
 from sharedpool.wire.values import Token
@@ -63,6 +64,9 @@ class DeskHandler(Protocol):
 
     def deposited(self, token: Token) -> None:
         """Handle a socket that has come into custody."""
+
+    def opened(self, opened: Opened) -> None:
+        """Handle that a worker names the backend of a new connection."""
 
     def peer_closed(self, token: Token) -> None:
         """Handle a socket in custody that its other side has closed."""
@@ -250,6 +254,8 @@ class Desk:
     def _handle(message: ToDesk, number: int, handler: DeskHandler) -> None:
         if isinstance(message, Give):
             handler.given(message)
+        elif isinstance(message, Opened):
+            handler.opened(message)
         elif isinstance(message, Leave):
             handler.line_leaving(number)
         elif isinstance(message, LineOwner):
