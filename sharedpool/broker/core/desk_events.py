@@ -61,6 +61,8 @@ class DeskEvents:
         session = self._slots.sessions.get(opened.session)
         lease = None if session is None else session.leases.get(opened.token)
         if session is not None and lease is not None and lease.backend is None:
+            if not (session.ended or session.restored):
+                self._sessions.heard_from(session, now)
             self._lease_messages.confirm(session, Confirm(opened.token, opened.backend), now)
         return self._settle(now)
 
