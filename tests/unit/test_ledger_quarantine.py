@@ -6,6 +6,7 @@ import pytest
 
 from sharedpool.broker.core.commands import Fence, SurveyResult, SurveyServer
 from sharedpool.broker.core.quarantine import SETTLE_S
+from sharedpool.broker.core.slot_states import SlotState
 from sharedpool.wire.admin import Done, Order, OrderKind
 from sharedpool.wire.desk import Opened
 from sharedpool.wire.messages import (
@@ -91,6 +92,20 @@ def test_a_backend_that_is_named_late_or_by_a_stranger_changes_nothing() -> None
         opened = Opened(session, token, a.backend(token))
         broker.take_in(broker.ledger.desk.opened(opened, broker.now))
     assert broker.ledger.report(broker.now) == before
+
+
+def test_a_silent_worker_that_names_a_backend_is_heard() -> None:
+    """Else its lease would be in use, and its session suspect."""
+    broker = Broker()
+    a = broker.worker("a", max_conn=1)
+    token = a.granted(a.ask())
+    broker.take_in(broker.ledger.desk.deposited(token, broker.now))
+    broker.pass_time(TTL_S * 1.1)
+    assert broker.slots.sessions[a.id].suspect
+    opened = Opened(a.id, token, a.backend(token))
+    broker.take_in(broker.ledger.desk.opened(opened, broker.now))
+    assert not broker.slots.sessions[a.id].suspect
+    assert broker.slots.leases[token].state is SlotState.OPEN
 
 
 def test_a_connect_that_timed_out_is_verified_or_waits_for_the_servers_limit() -> None:
