@@ -7,9 +7,6 @@ Without a broker it has psycopg2 alone: the difference is what sharedpool costs 
 import sys
 import threading
 
-# It comes with the benchmark's other libraries. msgspec loads it where it finds it: 1.2 MB.
-sys.modules["typing_extensions"] = None  # type: ignore[assignment]
-
 if len(sys.argv) > 2:
     import sharedpool
 
