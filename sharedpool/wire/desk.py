@@ -7,7 +7,7 @@ Its end tells that the broker has ended. Each program has one line to it:
                                 ◄═════  LANE_INVITATION + 5          with a lane's descriptors
       JOINED(session)           ═════►                               it takes part, or does not
       DEPOSIT(token) + socket   ═════►                               into the broker's custody
-      OPENED(token, backend)    ═════►                               whose the other end is
+      OPENED(token, backend)    ═════►                               which one it reaches
       GIVE(token)               ═════►                               for any other worker
       LEAVE                     ═════►                               the program goes on without it
 
@@ -34,8 +34,8 @@ class Deposit(Struct, frozen=True, tag="deposit"):
 class Opened(Struct, frozen=True, tag="opened"):
     """Name the backend of a lease's connection, before CONFIRM does.
 
-    CONFIRM is sent by another thread, a moment later. The backend of a process that is killed in
-    between could not be found on the server, nor would its socket's end prove its own.
+    CONFIRM follows a moment later, from another thread. If the process is killed in between, the
+    broker still knows which backend to end, and whether its socket's end proves the backend's.
     """
 
     session: bytes

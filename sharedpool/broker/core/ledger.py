@@ -183,9 +183,9 @@ class Ledger:
         )
         self._admin.configure(max_conn, groups or {}, limits or {})
         recovery = Recovery(context, directory.get, directory.find_tagged)
-        both = self._handover, self._moves, self._settle
-        self.desk = DeskEvents(context, self._sessions, self._leases, self._lease_messages, *both)
-        self.lanes = LaneEvents(context, *both)
+        common = self._handover, self._moves, self._settle
+        self.desk = DeskEvents(context, self._sessions, self._leases, self._lease_messages, *common)
+        self.lanes = LaneEvents(context, *common)
         self.takeover = Takeover(
             context, recovery, self._leases, self._moves, self._settle, ttl_s=ttl_s
         )
